@@ -1,0 +1,41 @@
+"""Whose derivative it is when several entries are equal."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_jvp
+def with_derivative_of(value: jax.Array, proxy: jax.Array) -> jax.Array:
+    """`value`, differentiated as if it were `proxy` (same shape and dtype)."""
+    return value
+
+
+@with_derivative_of.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return with_derivative_of(*primals), tangents[1]
+
+
+def shared(value: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`value`, picked from `x` along `axes`; its derivative is shared by all entries equal to it.
+
+    NaN counts as equal to NaN.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return value
+    expanded = jnp.expand_dims(value, axes)
+    equal = (x == expanded) | (jnp.isnan(x) & jnp.isnan(expanded))
+    mean = jnp.where(equal, x, 0).sum(axes) / equal.sum(axes)
+    return with_derivative_of(value, mean.astype(value.dtype))
+
+
+def picked(
+    out: tuple[jax.ShapeDtypeStruct, ...], x: jax.Array, index: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Entries of `x` at positions `index` along `axis`, and `index`, in the shapes of `out`.
+
+    The derivative goes to these entries alone, whatever else is equal to them.
+    """
+    values = jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
+    return values.reshape(out[0].shape), index.reshape(out[1].shape)

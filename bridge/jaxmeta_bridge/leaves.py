@@ -1,0 +1,115 @@
+"""Torch functions that are traced in a way of their own, before torch takes them apart.
+
+Recurrent layers would be unrolled over time; they become one operation each, a `lax.scan` in JAX.
+`Tensor.data` is not dispatched at all, so the cut that it makes in the gradient would be lost.
+Reading values (`numpy`, `tolist`) is impossible while tracing and is refused with the reason.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from jaxmeta_bridge.errors import ControlFlowError, UnsupportedOpError
+
+_LIBRARY = torch.library.Library("jaxmeta_bridge", "DEF")
+_LIBRARY.define(
+    "lstm(Tensor input, Tensor[] hx, Tensor[] weights, Tensor[] masks, bool has_biases, "
+    "bool bidirectional, bool batch_first) -> (Tensor, Tensor, Tensor)"
+)
+for _name in ("gru", "rnn_tanh", "rnn_relu"):
+    _LIBRARY.define(
+        f"{_name}(Tensor input, Tensor hx, Tensor[] weights, Tensor[] masks, bool has_biases, "
+        "bool bidirectional, bool batch_first) -> (Tensor, Tensor)"
+    )
+
+
+class Leaves(TorchFunctionMode):
+    """While active, calls of the functions below take the way described in this file."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _LEAVES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _recurrent(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    operation = getattr(torch.ops.jaxmeta_bridge, name)
+
+    def call(
+        input: torch.Tensor,
+        hx: Any,
+        weights: Any,
+        has_biases: Any,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: Any = None,
+    ) -> Any:
+        if batch_first is None:  # the overload for packed sequences has one argument less
+            return function(
+                input, hx, weights, has_biases, num_layers, dropout, train, bidirectional
+            )
+        masks = _dropout_masks(input, hx, num_layers - 1, dropout if train else 0.0, bidirectional)
+        return operation(input, hx, weights, masks, has_biases, bidirectional, batch_first)
+
+    return call
+
+
+def _dropout_masks(
+    input: torch.Tensor, hx: Any, count: int, dropout: float, bidirectional: bool
+) -> list[torch.Tensor]:
+    """Scaled masks between the layers, drawn in torch's order; none where nothing is dropped."""
+    if dropout == 0.0:
+        return []
+    state = hx if isinstance(hx, torch.Tensor) else hx[0]
+    width = state.shape[-1] * (2 if bidirectional else 1)
+    ones = input.new_ones((*input.shape[:-1], width))
+    return [torch.nn.functional.dropout(ones, dropout) for _ in range(count)]
+
+
+def _recurrent_shapes(
+    input: torch.Tensor, hx: Any, weights: Any, masks: Any, has_biases: bool, bidirectional: bool,
+    batch_first: bool,
+) -> tuple[torch.Tensor, ...]:
+    states: Sequence[torch.Tensor] = [hx] if isinstance(hx, torch.Tensor) else hx
+    width = states[0].shape[-1] * (2 if bidirectional else 1)
+    output = input.new_empty((*input.shape[:-1], width))
+    return (output, *(state.new_empty(state.shape) for state in states))
+
+
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    torch.library.register_fake(f"jaxmeta_bridge::{_name}", _recurrent_shapes, lib=_LIBRARY)
+
+
+def _refuse_value(*args: Any, **kwargs: Any) -> Any:
+    raise ControlFlowError(
+        "the callable asks for the values of a tensor (numpy, tolist) while it is traced, when "
+        "there are shapes only. Compute that part outside, or write it with torch operations."
+    )
+
+
+def _refuse_assignment(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedOpError(
+        "the callable assigns to `tensor.data`, which bypasses autograd. Use torch.no_grad() and "
+        "an in-place operation such as copy_ instead."
+    )
+
+
+_LEAVES: dict[Any, Callable[..., Any]] = {
+    torch.lstm: _recurrent("lstm", torch.lstm),
+    torch.gru: _recurrent("gru", torch.gru),
+    torch.rnn_tanh: _recurrent("rnn_tanh", torch.rnn_tanh),
+    torch.rnn_relu: _recurrent("rnn_relu", torch.rnn_relu),
+    torch.Tensor.data.__get__: torch.Tensor.detach,  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: _refuse_assignment,  # type: ignore[attr-defined]
+    torch.Tensor.numpy: _refuse_value,
+    torch.Tensor.tolist: _refuse_value,
+    torch.Tensor.__array__: _refuse_value,
+}

@@ -1,0 +1,91 @@
+"""What `from_torch` needs to know of an `nn.Module`, and the guard that leaves it as it was."""
+
+import contextlib
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from jaxmeta_bridge.errors import ConversionError
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_TORCH_FIELDS = ("_parameters", "_buffers", "_modules")
+
+
+def check_convertible(module: nn.Module) -> None:
+    """Refuses modules whose code or tensors cannot be traced, naming what to do instead."""
+    for name, child in module.named_modules():
+        where = f"module '{name}'" if name else "the module"
+        if isinstance(child, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"{where} is a compiled TorchScript module, whose operations cannot be traced. "
+                "Pass the nn.Module it was made from."
+            )
+        if hasattr(child, "_orig_mod"):
+            raise ConversionError(
+                f"{where} is wrapped by torch.compile. Pass the original module (its `_orig_mod`); "
+                "JAX compiles it."
+            )
+    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+        for name, tensor in tensors:
+            _check_tensor(f"{kind} '{name}'", tensor)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ConversionError(
+            f"{name} has no shape yet (a lazy module). Call the module once on an example in torch "
+            "before from_torch."
+        )
+    if tensor.is_meta:
+        raise ConversionError(
+            f"{name} is on the meta device, which has no values. Materialise the module first: "
+            "module.to_empty(device='cpu'), then load or initialise its weights."
+        )
+    if tensor.layout is not torch.strided:
+        raise ConversionError(f"{name} is sparse ({tensor.layout}). Convert it with .to_dense().")
+    if tensor.is_quantized:
+        raise ConversionError(f"{name} is quantised ({tensor.dtype}). Convert it with .dequantize().")
+
+
+def fingerprint(module: nn.Module) -> Hashable:
+    """Changes whenever a plain attribute of any submodule does, its training flag included.
+
+    A traced program is right only for the attributes it was traced with: `train()`, a changed
+    dropout rate, a replaced child or hook must trace anew.
+    """
+    return tuple(
+        (
+            id(child),
+            tuple(child._forward_hooks),
+            tuple(child._forward_pre_hooks),
+            tuple((k, type(v), v) for k, v in vars(child).items() if _is_plain(v)),
+        )
+        for child in module.modules()
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Undoes what a traced forward leaves on the module: stored activations, counters, buffers."""
+    before = [
+        (child, dict(vars(child)), [dict(getattr(child, field)) for field in _TORCH_FIELDS])
+        for child in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for child, attributes, fields in before:
+            vars(child).clear()
+            vars(child).update(attributes)
+            for field, content in zip(_TORCH_FIELDS, fields, strict=True):
+                current = getattr(child, field)
+                current.clear()
+                current.update(content)

@@ -1,0 +1,57 @@
+"""What a way of differentiating the inner loop has to provide."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from jaxmeta.errors import ArgumentTypeError
+from jaxmeta.trees import PyTree, outline
+
+LossAndAux = Callable[[PyTree], tuple[Any, Any]]
+Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class Adjoint(abc.ABC):
+    """A way of differentiating :func:`jaxmeta.meta_unroll`, passed as its ``adjoint``.
+
+    Every adjoint runs the same inner loop; they differ in the memory and time that its
+    derivatives take. A new one is a frozen dataclass (``meta_unroll`` compiles once for equal
+    adjoints) with these two methods. Both are called while JAX traces, and what they return
+    must be differentiable in everything that ``fn`` and ``step`` close over, too.
+    """
+
+    @abc.abstractmethod
+    def value_and_grad(self, fn: LossAndAux) -> Callable[[PyTree], tuple[tuple[Any, Any], PyTree]]:
+        """The inner gradient: ``params -> ((loss, aux), dloss/dparams)`` of ``fn``.
+
+        Args:
+            fn: ``params -> (loss, aux)``, the loss a float scalar.
+        """
+
+    @abc.abstractmethod
+    def loop(self, step: Step, carry: PyTree, xs: PyTree, length: int) -> tuple[PyTree, PyTree]:
+        """Run ``length`` steps, as :func:`jax.lax.scan` does.
+
+        Args:
+            step: ``(carry, x) -> (carry, y)``.
+            carry: what the first step is given.
+            xs: a tree whose leaves have a leading axis of size ``length``.
+            length: the number of steps, zero included.
+
+        Returns:
+            The last carry, and the ``y`` stacked along a leading axis.
+        """
+
+
+def check_adjoint(adjoint: Any) -> None:
+    """Raise unless ``adjoint`` is an instance of :class:`Adjoint`."""
+    if isinstance(adjoint, Adjoint):
+        return
+    if isinstance(adjoint, type) and issubclass(adjoint, Adjoint):
+        raise ArgumentTypeError(
+            f"adjoint is the class {adjoint.__name__}; expected an instance: {adjoint.__name__}()."
+        )
+    raise ArgumentTypeError(
+        f"adjoint is {outline(adjoint)}; expected an Adjoint, such as jaxmeta.ReverseMode() or "
+        "jaxmeta.StepCheckpoint()."
+    )

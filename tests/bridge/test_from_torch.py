@@ -1,0 +1,413 @@
+"""`from_torch`: purity, names, caching, state, and every way of calling it wrongly."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jaxmeta import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
+from jaxmeta_bridge import ControlFlowError, ConversionError, UnsupportedOpError, from_torch
+from jaxmeta_bridge.from_torch import ModuleFunction
+from torch import nn
+
+KEY = jax.random.key(0)
+
+
+class Counted(nn.Module):
+    """Counts how often its forward is run by Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.calls: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(1)
+        return self.linear(x)
+
+
+def test_module_matches_torch_and_leaves_it_alone() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    before = copy.deepcopy(module.state_dict())
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    f = from_torch(module)
+    assert list(f.params) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    outputs, new_buffers = f(f.params, f.buffers, jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(outputs, module(x).detach(), rtol=1e-6)
+    assert new_buffers == {}
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+
+
+def test_params_follow_the_module_and_are_copies() -> None:
+    module = nn.Linear(2, 2)
+    f = from_torch(module)
+    old = f.params["weight"]
+    value = np.array(old)
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    np.testing.assert_array_equal(old, value)
+    np.testing.assert_allclose(f.params["weight"], value + 1.0, rtol=1e-6)
+
+
+def test_traced_once_per_signature_and_again_when_the_module_changes() -> None:
+    module = Counted()
+    f = from_torch(module)
+    params, buffers = f.params, f.buffers
+    for _ in range(3):
+        f(params, buffers, jnp.ones((4, 3)))
+        jax.jit(f)(params, buffers, jnp.zeros((4, 3)))
+        jax.grad(lambda p: f(p, buffers, jnp.ones((4, 3)))[0].sum())(params)
+    assert len(module.calls) == 1
+    f(params, buffers, jnp.ones((5, 3)))
+    assert len(module.calls) == 2
+    module.eval()
+    f(params, buffers, jnp.ones((5, 3)))
+    assert len(module.calls) == 3
+
+
+def test_a_plain_attribute_that_changes_is_not_stale() -> None:
+    module = nn.Sequential(nn.LeakyReLU(0.1))
+    f = from_torch(module)
+    x = jnp.array([-1.0])
+    assert f({}, {}, x)[0][0] == pytest.approx(-0.1)
+    module[0].negative_slope = 0.5
+    assert f({}, {}, x)[0][0] == pytest.approx(-0.5)
+
+
+def test_forward_leaves_nothing_behind() -> None:
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+            self.last: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            self.last = x * 2
+            self.register_buffer("cache", x + 1)
+            return self.last
+
+    module = Stateful()
+    f = from_torch(module)
+    np.testing.assert_array_equal(f({}, {}, jnp.ones(2))[0], [2.0, 2.0])
+    assert module.count == 0 and module.last is None and dict(module.named_buffers()) == {}
+
+
+def test_batch_statistics_come_back_as_new_buffers() -> None:
+    module = nn.BatchNorm1d(3)
+    reference = copy.deepcopy(module)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    f = from_torch(module)
+    buffers = f.buffers
+    assert buffers["num_batches_tracked"].dtype == jnp.int32
+    outputs, new_buffers = f(f.params, buffers, jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(outputs, reference(x).detach(), rtol=1e-5, atol=1e-6)
+    for name, expected in reference.named_buffers():
+        np.testing.assert_allclose(new_buffers[name], expected, rtol=1e-6)
+    np.testing.assert_array_equal(buffers["running_mean"], np.zeros(3))
+    assert module.num_batches_tracked == 0
+    module.eval()
+    outputs, unchanged = f(f.params, new_buffers, jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(outputs, reference.eval()(x).detach(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(unchanged["running_var"], new_buffers["running_var"])
+
+
+def test_buffers_assigned_or_changed_in_place() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(2))
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total = self.total + x
+            self.seen[0] += 1.0
+            return self.total * self.seen[0]
+
+    f = from_torch(Running())
+    outputs, new = f({}, f.buffers, jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(outputs, [1.0, 2.0])
+    outputs, new = f({}, new, jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(outputs, [4.0, 8.0])
+    np.testing.assert_array_equal(new["seen"], [2.0, 0.0])
+
+
+def test_tied_parameters_stand_once_and_share_their_gradient() -> None:
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    f = from_torch(module)
+    assert list(f.params) == ["0.weight"]
+    gradient = jax.grad(lambda p: f(p, {}, jnp.ones((2, 3)))[0].sum())(f.params)
+    module(torch.ones(2, 3)).sum().backward()
+    np.testing.assert_allclose(gradient["0.weight"], module[0].weight.grad, rtol=1e-5)
+
+
+def test_frozen_parameters_are_known() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    module[0].requires_grad_(False)
+    f = from_torch(module)
+    assert f.frozen == {"0.weight", "0.bias"}
+    trainable, frozen = f.partition(f.params)
+    assert list(trainable) == ["1.weight", "1.bias"] and set(frozen) == f.frozen
+
+    def loss(trainable: dict[str, jax.Array]) -> jax.Array:
+        return f(trainable | frozen, {}, jnp.ones((4, 2)))[0].sum()
+
+    assert set(jax.grad(loss)(trainable)) == set(trainable)
+
+
+def test_no_grad_around_the_first_call_does_not_cut_the_gradient() -> None:
+    f = from_torch(nn.Linear(3, 1))
+    with torch.no_grad():
+        f(f.params, {}, jnp.ones(3))
+    with torch.inference_mode():
+        f(f.params, {}, jnp.ones((2, 3)))
+    for x in (jnp.ones(3), jnp.ones((2, 3))):
+        gradient = jax.grad(lambda p, x=x: f(p, {}, x)[0].sum())(f.params)
+        assert float(jnp.abs(gradient["weight"]).sum()) > 0
+
+
+def test_detach_data_and_no_grad_cut_the_gradient() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            held = x * 5
+        return x.detach() * x + x.data * x + held * x
+
+    gradient = jax.grad(from_torch(function))(jnp.float32(2.0))
+    assert float(gradient) == 2.0 + 2.0 + 10.0
+
+
+def test_function_of_trees_with_keywords_and_plain_values() -> None:
+    def function(
+        batch: dict[str, torch.Tensor], scale: float, *, shift: torch.Tensor, mode: str = "sum"
+    ) -> dict[str, object]:
+        total = getattr(batch["x"] * scale + shift, mode)()
+        return {"total": total, "n": len(batch), "pair": (batch["x"], None)}
+
+    g = from_torch(function)
+    outputs = g({"x": jnp.arange(3.0)}, 2.0, shift=jnp.ones(3), mode="mean")
+    assert float(outputs["total"]) == 3.0 and outputs["n"] == 1 and outputs["pair"][1] is None
+    assert float(g({"x": jnp.arange(3.0)}, 3.0, shift=jnp.ones(3))["total"]) == 12.0
+
+
+def test_numbers_that_compare_equal_are_told_apart() -> None:
+    g = from_torch(lambda x, p: x * p)
+    assert g(jnp.arange(2), 1).dtype == jnp.int32
+    assert g(jnp.arange(2), 1.0).dtype == jnp.float32
+
+
+def test_in_place_operations_on_inputs_stay_inside() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x[0] = 7.0
+        return x.mul_(2)
+
+    x = jnp.ones(2)
+    np.testing.assert_array_equal(from_torch(function)(x), [14.0, 2.0])
+    np.testing.assert_array_equal(x, [1.0, 1.0])
+
+
+def test_captured_tensors_are_read_anew() -> None:
+    weight = torch.tensor([1.0, 2.0])
+    g = from_torch(lambda x: (x * weight).sum())
+    assert float(g(jnp.ones(2))) == 3.0
+    weight.add_(1.0)
+    assert float(g(jnp.ones(2))) == 5.0
+    assert float(jax.jit(g)(jnp.ones(2))) == 5.0
+    assert float(g(jnp.ones(2))) == 5.0  # the jitted call left no tracer behind
+
+
+def test_captured_tensor_that_requires_grad_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(ConversionError, match=r"shape \(1, 2\) that requires grad.*test_from_torch"):
+        from_torch(lambda x: model(x))(jnp.ones(2))
+
+
+def test_random_modules_need_a_key_and_repeat_with_it() -> None:
+    module = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5))
+    f = from_torch(module)
+    x = jnp.ones((1, 8))
+    with pytest.raises(ArgumentValueError, match=r"rng is None.*'1'.*jax.random.key"):
+        f(f.params, {}, x)
+    one, two = (f(f.params, {}, x, rng=KEY)[0] for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, f(f.params, {}, x, rng=jax.random.key(1))[0])
+    module.eval()
+    f(f.params, {}, x)
+
+
+def test_two_draws_differ() -> None:
+    g = from_torch(lambda x: (torch.rand_like(x), torch.rand_like(x)))
+    one, two = g(jnp.zeros(8), rng=KEY)
+    assert not np.array_equal(one, two)
+
+
+def test_vmap_over_parameters_equals_a_loop() -> None:
+    f = from_torch(nn.Linear(3, 2))
+    params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, 3 * p]), f.params)
+    batched = jax.vmap(lambda p: f(p, {}, jnp.ones((4, 3)))[0])(params)
+    for i in range(3):
+        single = f(jax.tree.map(lambda p, i=i: p[i], params), {}, jnp.ones((4, 3)))[0]
+        np.testing.assert_allclose(batched[i], single, rtol=1e-6)
+
+
+def test_float64_module_needs_x64_only_when_used() -> None:
+    f = from_torch(nn.Linear(2, 1).double())
+    with pytest.raises(ConversionError, match=r"float64.*enable_x64"):
+        _ = f.params
+    with jax.enable_x64(True):
+        outputs, _ = f(f.params, {}, jnp.ones(2))
+        assert outputs.dtype == jnp.float64
+
+
+def test_float64_inside_a_float32_module_is_refused_without_x64() -> None:
+    g = from_torch(lambda x: x.double().sum())
+    with pytest.raises(ConversionError, match=r"float64.*test_from_torch.py.*x64"):
+        g(jnp.ones(2))
+    with jax.enable_x64(True):
+        assert g(jnp.ones(2, jnp.float32)).dtype == jnp.float64
+
+
+def test_bfloat16_parameters() -> None:
+    f = from_torch(nn.Linear(3, 2))
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), f.params)
+    assert f(params, {}, jnp.ones(3, jnp.bfloat16))[0].dtype == jnp.bfloat16
+
+
+# Bad input
+
+
+def test_every_unsupported_operation_is_reported_at_once() -> None:
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.linalg.eigvals(x)
+            return torch.special.airy_ai(x) + y.real
+
+    module = nn.Sequential(nn.Identity(), Block())
+    with pytest.raises(UnsupportedOpError) as caught:
+        from_torch(module)({}, {}, jnp.eye(2))
+    message = str(caught.value)
+    assert "special_airy_ai" in message and "linalg_eig" in message
+    assert message.count("module '1'") == 2
+    assert "y = torch.linalg.eigvals(x)" in message and "test_from_torch.py" in message
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x * x.sum().item(),
+        lambda x: x[: int(x.sum())],
+        lambda x: torch.tensor(x.tolist()),
+        lambda x: torch.from_numpy(x.numpy()),
+    ],
+)
+def test_python_control_flow_names_the_line(branch: object) -> None:
+    with pytest.raises(ControlFlowError, match=r"(?s)test_from_torch.py:\d+"):
+        from_torch(branch)(jnp.ones(3))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("select", [lambda x: x[x > 0], torch.nonzero, torch.unique])
+def test_shapes_that_depend_on_values_are_refused(select: object) -> None:
+    with pytest.raises((ControlFlowError, UnsupportedOpError), match="test_from_torch.py|values"):
+        from_torch(select)(jnp.ones(3))  # type: ignore[call-overload]
+
+
+def test_custom_autograd_function_is_refused() -> None:
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, g: torch.Tensor) -> torch.Tensor:
+            return -g
+
+    with pytest.raises(UnsupportedOpError, match="Reverse.*custom_vjp"):
+        from_torch(lambda x: Reverse.apply(x).sum())(jnp.ones(2))
+
+
+def test_module_that_changes_its_parameter_is_refused() -> None:
+    class Clipped(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.clamp_(-1, 1)
+            return super().forward(input)
+
+    f = from_torch(Clipped(2, 2))
+    with pytest.raises(ArgumentValueError, match="changes its parameter 'weight'"):
+        f(f.params, {}, jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear(2, 2, device="meta"), r"'weight' is on the meta device.*to_empty"),
+        (nn.LazyLinear(2), r"'weight' has no shape yet"),
+        (torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_modules_without_traceable_tensors(module: nn.Module, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        from_torch(module)
+
+
+def test_sparse_and_quantised_buffers_are_refused() -> None:
+    module = nn.Module()
+    module.register_buffer("b", torch.eye(2).to_sparse())
+    with pytest.raises(ConversionError, match=r"'b'.*sparse.*to_dense"):
+        from_torch(module)
+    module.register_buffer("b", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    with pytest.raises(ConversionError, match=r"'b'.*quanti.*dequantize"):
+        from_torch(module)
+
+
+@pytest.mark.parametrize("target", [3, nn.Linear, "relu"])
+def test_target_that_is_neither_module_nor_function(target: object) -> None:
+    with pytest.raises(ArgumentTypeError, match="target.*expects an nn.Module instance"):
+        from_torch(target)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def linear() -> ModuleFunction:
+    return from_torch(nn.Linear(3, 2))
+
+
+def test_wrong_keys(linear: ModuleFunction) -> None:
+    params = linear.params
+    params["wieght"] = params.pop("weight")
+    with pytest.raises(ArgumentKeyError, match=r"params.*missing \['weight'\].*\['wieght'\]"):
+        linear(params, {}, jnp.ones(3))
+    with pytest.raises(ArgumentKeyError, match=r"buffers.*unknown \['mean'\]"):
+        linear(linear.params, {"mean": jnp.ones(2)}, jnp.ones(3))
+
+
+def test_wrong_shape(linear: ModuleFunction) -> None:
+    params = linear.params | {"bias": jnp.ones(3)}
+    with pytest.raises(ArgumentValueError, match=r"params\['bias'\] has shape \(3,\).*\(2,\)"):
+        linear(params, {}, jnp.ones(3))
+
+
+def test_params_of_the_wrong_type(linear: ModuleFunction) -> None:
+    with pytest.raises(ArgumentTypeError, match="params is a list"):
+        linear([1], {}, jnp.ones(3))  # type: ignore[arg-type]
+    torch_params = dict(nn.Linear(3, 2).named_parameters())
+    with pytest.raises(ArgumentTypeError, match=r"params\['bias'\] is a torch tensor.*to_torch"):
+        linear(torch_params, {}, jnp.ones(3))  # type: ignore[arg-type]
+
+
+def test_inputs_of_the_wrong_type(linear: ModuleFunction) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"args\[0\] is a torch tensor"):
+        linear(linear.params, {}, torch.ones(3))
+    with pytest.raises(ArgumentTypeError, match=r"args\[0\] is a random key.*rng="):
+        linear(linear.params, {}, KEY)
+    with pytest.raises(ArgumentTypeError, match=r"args\[0\] is a set"):
+        linear(linear.params, {}, {1, 2})
+
+
+def test_errors_of_torch_itself_come_through(linear: ModuleFunction) -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)shape|size"):
+        linear(linear.params, {}, jnp.ones(5))
