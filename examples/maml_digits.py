@@ -1,16 +1,17 @@
-"""MAML on handwritten digits: a PyTorch network that learns how to learn, differentiated by JAX.
+"""MAML on handwritten digits: a PyTorch network that learns to learn, differentiated by JAX.
 
-The network and both optimizers are PyTorch's. The inner loop, which adapts the network to a task
-in a few steps of gradient descent, is one call of `jaxmeta.meta_unroll`; it is compiled, and
-`meta_loss.backward()` differentiates through it exactly, second derivatives included. What is
-meta-learned: the weights to start from, and the learning rate of each inner step.
+The network and its meta-optimizer are PyTorch's. Adapting the network to a task, a few steps of
+gradient descent, is one call of `jaxmeta.meta_unroll`; `meta_loss.backward()` differentiates
+through those steps exactly, second derivatives included. Meta-learned are the weights to start
+from and the learning rate of each step.
 
     python examples/maml_digits.py            # a few minutes on two cores
     python examples/maml_digits.py --quick    # seconds, to see that it runs
     python examples/maml_digits.py --help     # every setting
 
-Ctrl-C ends the training early and keeps what was learned. Method: Finn, Abbeel and Levine (2017),
-arXiv:1703.03400; learning rates per step: Antoniou, Edwards and Storkey (2019), arXiv:1810.09502.
+Ctrl-C ends the training early and keeps what was learned. Methods: Finn, Abbeel and Levine (2017),
+arXiv:1703.03400; a learning rate for each step: Antoniou, Edwards and Storkey (2019),
+arXiv:1810.09502.
 """
 
 import argparse
@@ -25,23 +26,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxmeta
 import optax
 import torch
-import torch.nn.functional as F  # noqa: N812 - the customary name
-from digits import TRAINING_CLASSES, UNSEEN_CLASSES, Tasks, TaskSampler, load_images, nearest
-from jaxmeta_bridge import from_torch, to_torch
+import torch.nn.functional as F
+from digits import (
+    EXAMPLES,
+    TRAINING_CLASSES,
+    UNSEEN_CLASSES,
+    Tasks,
+    TaskSampler,
+    load_images,
+    nearest_neighbour,
+)
 from report import Accuracy, History, print_table, save_figure
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import jaxmeta
+from jaxmeta_bridge import from_torch, to_torch
 
 
 def option(default: Any, text: str) -> Any:
@@ -60,7 +70,7 @@ class Config:
     tasks: int = option(4, "tasks in a meta-batch")
     iterations: int = option(300, "steps of the meta-optimizer")
     eval_tasks: int = option(400, "tasks of unseen classes in the final evaluation")
-    meta_lr: float = option(3e-3, "learning rate of the meta-optimizer, at the start")
+    meta_lr: float = option(3e-3, "learning rate of the meta-optimizer at the start")
     seed: int = option(0, "decides the initial weights and which tasks are drawn")
     device: str = option("cpu", "cpu or gpu")
     out: str = option("demo-results", "directory for the figure, the metrics and the weights")
@@ -68,16 +78,20 @@ class Config:
 
 QUICK = {"queries": 5, "channels": 8, "inner_steps": 2, "iterations": 10, "eval_tasks": 20}
 
-# Learning rates that the network before meta-training may choose from, on training classes.
-INNER_LR_CHOICES = (0.03, 0.1, 0.3, 1.0)
-LOG_LR_SPEED = 5  # the inner learning rates move so many times faster than the weights
-HELD_OUT_CHECKS = 6  # points of the held-out learning curve; nothing is chosen by them
+INNER_LR_CHOICES = (0.03, 0.1, 0.3, 1.0)  # tried for the network before meta-training
+LOG_LR_SPEED = 5  # the logarithms of the inner learning rates move this much faster than weights
+HELD_OUT_CHECKS = 6  # points of the learning curve on unseen classes; nothing is chosen by them
 
-MetaLoss = Callable[[dict[str, nn.Parameter], Tensor, Tasks], tuple[Tensor, Tensor]]
+# ------------------------------------------------------------------------ the method
+
+# (params, log_lrs, tasks) -> the mean query loss; int[task, way·query], the labels given
+MetaLoss = Callable[[dict[str, Tensor], Tensor, Tasks], tuple[Tensor, Tensor]]
+Predict = Callable[[Tasks], Tensor]  # int[task, way·query]
+Params = dict[str, jax.Array]
 
 
 def conv_net(channels: int, ways: int) -> nn.Sequential:
-    """Four blocks that halve 28×28 pixels to 1×1, normalized by the batch at hand."""
+    """Four blocks that shrink 28×28 pixels to one, normalized by the statistics of the batch."""
 
     def block(channels_in: int) -> nn.Sequential:
         return nn.Sequential(
@@ -92,18 +106,16 @@ def conv_net(channels: int, ways: int) -> nn.Sequential:
 
 
 def make_meta_loss(model: nn.Module, inner_steps: int) -> MetaLoss:
-    """The loss on the query sets after adapting to the support sets, as a torch function."""
+    """How well the model does after adapting to each task, as a differentiable torch function."""
     network = from_torch(model)
     cross_entropy = from_torch(F.cross_entropy)
 
-    def inner_loss(params: dict[str, jax.Array], support: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def inner_loss(params: Params, support: tuple[jax.Array, jax.Array]) -> jax.Array:
         images, labels = support
         logits, _ = network(params, {}, images)
         return cross_entropy(logits, labels)
 
-    def task_loss(
-        params: dict[str, jax.Array], lrs: jax.Array, task: Tasks
-    ) -> tuple[jax.Array, jax.Array]:
+    def task_loss(params: Params, lrs: jax.Array, task: Tasks) -> tuple[jax.Array, jax.Array]:
         adapted = jaxmeta.meta_unroll(
             inner_loss,
             lambda lrs: optax.sgd(lambda step: lrs[step]),
@@ -116,12 +128,9 @@ def make_meta_loss(model: nn.Module, inner_steps: int) -> MetaLoss:
         return cross_entropy(logits, task.query_labels), logits.argmax(-1)
 
     @to_torch
-    def meta_loss(
-        params: dict[str, jax.Array], log_lrs: jax.Array, tasks: Tasks
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the mean loss and int[task, way·query], the predicted labels."""
-        per_task = jax.vmap(task_loss, in_axes=(None, None, 0))
-        losses, predictions = per_task(params, jnp.exp(log_lrs), tasks)
+    def meta_loss(params: Params, log_lrs: jax.Array, tasks: Tasks) -> tuple[jax.Array, jax.Array]:
+        each_task = jax.vmap(task_loss, in_axes=(None, None, 0))
+        losses, predictions = each_task(params, jnp.exp(log_lrs), tasks)
         return losses.mean(), predictions
 
     return meta_loss
@@ -136,23 +145,61 @@ class Learner:
     meta_loss: MetaLoss
 
     def loss(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
-        """Returns the mean query loss after adaptation, and int[task, way·query], the labels."""
         return self.meta_loss(dict(self.model.named_parameters()), self.log_lrs, tasks)
 
     def predict(self, tasks: Tasks) -> Tensor:
         return self.loss(tasks)[1]
 
 
+def meta_train(
+    config: Config,
+    learner: Learner,
+    draw: Callable[[], Tasks],
+    check: Callable[[], Accuracy],
+    stop: threading.Event,
+) -> History:
+    """Trains on tasks from `draw`, for all iterations or until `stop` is set."""
+    weights = {"params": learner.model.parameters()}
+    log_lrs = {"params": [learner.log_lrs], "lr": config.meta_lr * LOG_LR_SPEED}
+    meta_opt = torch.optim.Adam([weights, log_lrs], lr=config.meta_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, config.iterations)
+    history = History()
+    every = max(1, config.iterations // HELD_OUT_CHECKS)
+    # disable=None: a bar on a terminal, only the lines of bar.write in a log.
+    bar = tqdm(range(1, config.iterations + 1), "meta-training", disable=None, dynamic_ncols=True)
+    for iteration in bar:
+        if stop.is_set():
+            break
+        tasks = draw()
+        meta_loss, predictions = learner.loss(tasks)
+        meta_opt.zero_grad()
+        meta_loss.backward()
+        meta_opt.step()
+        schedule.step()
+
+        correct = (predictions == tasks.query_labels).float().mean()
+        history.add(meta_loss.item(), correct.item())
+        bar.set_postfix(loss=f"{meta_loss:.3f}", accuracy=f"{correct:.3f}", refresh=False)
+        if iteration % every == 0:
+            history.held_out.append((iteration, check()))
+            bar.write(history.summary(every))
+    bar.close()
+    return history
+
+
+# ------------------------------------------------------------------------ evaluation
+
+
 @torch.no_grad()
-def evaluate(predict: Callable[[Tasks], Tensor], batches: Iterable[Tasks]) -> Accuracy:
-    """Judges the labels, int[task, way·query], that `predict` gives to the query sets."""
-    accuracies = torch.cat([(predict(b) == b.query_labels).float().mean(1) for b in batches])
-    error = accuracies.std() / len(accuracies) ** 0.5
-    return Accuracy(accuracies.mean().item(), 1.96 * error.item(), len(accuracies))
+def evaluate(predict: Predict, batches: Iterable[Tasks]) -> Accuracy:
+    """The accuracy of the labels that `predict` gives to the query sets."""
+    by_task = torch.cat([(predict(b) == b.query_labels).float().mean(1) for b in batches])
+    error = by_task.std() / len(by_task) ** 0.5
+    return Accuracy(by_task.mean().item(), 1.96 * error.item(), len(by_task))
 
 
 def tune_inner_lr(learner: Learner, batches: list[Tasks]) -> float:
-    """Sets the inner learning rates to the one that is best for the untrained network."""
+    """Sets every inner learning rate to the one choice that does best; returns it."""
 
     def accuracy(lr: float) -> float:
         learner.log_lrs.data.fill_(math.log(lr))
@@ -163,120 +210,12 @@ def tune_inner_lr(learner: Learner, batches: list[Tasks]) -> float:
     return best
 
 
-def meta_train(
-    config: Config,
-    learner: Learner,
-    draw: Callable[[], Tasks],
-    check: Callable[[], Accuracy],
-    stop: threading.Event,
-) -> History:
-    """Trains until `stop` is set or all iterations are done; `check` gives held-out points."""
-    meta_opt = torch.optim.Adam(
-        [
-            {"params": learner.model.parameters()},
-            {"params": [learner.log_lrs], "lr": LOG_LR_SPEED * config.meta_lr},
-        ],
-        lr=config.meta_lr,
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, config.iterations)
-    history = History()
-    every = max(1, config.iterations // HELD_OUT_CHECKS)
-    # On a terminal a bar; in a log only the lines at the checks.
-    bar = tqdm(range(1, config.iterations + 1), "meta-training", disable=None, dynamic_ncols=True)
-    for iteration in bar:
-        if stop.is_set():
-            break
-        tasks = draw()
-        meta_opt.zero_grad()
-        meta_loss, predictions = learner.loss(tasks)
-        meta_loss.backward()
-        meta_opt.step()
-        schedule.step()
-
-        accuracy = (predictions == tasks.query_labels).float().mean().item()
-        history.loss.append(meta_loss.item())
-        history.accuracy.append(accuracy)
-        bar.set_postfix(loss=f"{meta_loss.item():.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
-        if iteration % every == 0:
-            history.held_out.append((iteration, check()))
-            bar.write(history.summary(every))
-    bar.close()
-    return history
-
-
-@contextmanager
-def timed(what: str, timings: dict[str, float], expected: int | None = None) -> Iterator[None]:
-    """Notes how long a stage took; if it is a silent one, announces it."""
-    if expected:
-        print(f"{what} (about {expected} s) ...", end=" ", flush=True)
+def run(config: Config, device: torch.device, stop: threading.Event) -> None:
+    """The experiment: baselines, meta-training, the final evaluation, files."""
     start = time.perf_counter()
-    yield
-    timings[what] = time.perf_counter() - start
-    if expected:
-        print(f"{timings[what]:.0f} s")
-
-
-def stop_on_ctrl_c() -> threading.Event:
-    """The first Ctrl-C sets the event; a second one ends the process."""
-    stop = threading.Event()
-
-    def interrupted(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        stop.set()
-        os.write(2, b"\nStopping; a short evaluation follows. Ctrl-C again aborts.\n")
-
-    signal.signal(signal.SIGINT, interrupted)
-    return stop
-
-
-def find_device(name: str) -> torch.device:
-    """Tensors on this device make JAX run there too."""
-    if name == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-        return torch.device("cpu")
-    try:
-        jax.devices("gpu")
-    except RuntimeError as error:
-        sys.exit(f"--device gpu: JAX finds no GPU ({error}). Install it with `jax[cuda13]`.")
-    if not torch.cuda.is_available():
-        sys.exit("--device gpu: torch finds no GPU. Install torch for CUDA.")
-    return torch.device("cuda")
-
-
-def parse_arguments() -> Config:
-    parser = argparse.ArgumentParser(
-        description="Second-order MAML of a PyTorch network on handwritten digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    parser.add_argument("--quick", action="store_true", help=f"see that it runs: {quick}")
-    for setting in dataclasses.fields(Config):
-        flag = "--" + setting.name.replace("_", "-")
-        choices = ("cpu", "gpu") if setting.name == "device" else None
-        kind: Any = setting.type
-        text = setting.metadata["help"]
-        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text)
-    if parser.parse_known_args()[0].quick:
-        parser.set_defaults(**QUICK)
-    given = vars(parser.parse_args())
-    given.pop("quick")
-    for name in ("shots", "queries", "channels", "inner_steps", "tasks", "iterations"):
-        if given[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
-    if not 2 <= given["ways"] <= len(UNSEEN_CLASSES):
-        parser.error(f"--ways is {given['ways']}; expected 2 to {len(UNSEEN_CLASSES)}")
-    if given["shots"] + given["queries"] > EXAMPLES:
-        parser.error(f"--shots plus --queries exceed the {EXAMPLES} examples of a class")
-    return Config(**given)
-
-
-def main() -> None:
-    config = parse_arguments()
-    device = find_device(config.device)
+    timings: dict[str, float] = {}
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    stop = stop_on_ctrl_c()
-    timings: dict[str, float] = {}
 
     torch.manual_seed(config.seed)
     model = conv_net(config.channels, config.ways).to(device)
@@ -287,10 +226,144 @@ def main() -> None:
     shape = (config.ways, config.shots, config.queries)
     training = TaskSampler(images, TRAINING_CLASSES, shape)
     unseen = TaskSampler(images, UNSEEN_CLASSES, shape)
+    rng = torch.Generator().manual_seed(config.seed)
+    few = max(config.tasks, config.eval_tasks // 8)
 
-    results = baselines(config, learner, training, unseen)
-    results["after"] = ...
+    def draw() -> Tasks:
+        return training.draw(config.tasks, rng)
+
+    def test(predict: Predict, count: int, seed: int = config.seed + 1000) -> Accuracy:
+        return evaluate(predict, unseen.batches(count, config.tasks, seed))
+
+    def check() -> Accuracy:
+        return test(learner.predict, few, seed=config.seed + 2000)
+
+    with stage("compiling the adaptation", timings, expected=10), torch.no_grad():
+        learner.predict(draw())
+    with stage("evaluating the untrained network", timings, expected=20):
+        lr = tune_inner_lr(learner, [draw() for _ in range(0, few, config.tasks)])
+        results = {
+            "nearest_neighbour": test(nearest_neighbour, config.eval_tasks),
+            "before": test(learner.predict, config.eval_tasks),
+        }
+    with stage("compiling the meta-gradient", timings, expected=30):
+        learner.loss(draw())[0].backward()
+    with stage("meta-training", timings):
+        history = meta_train(config, learner, draw, check, stop)
+    with stage("evaluating the meta-trained network", timings, expected=10):
+        # Those who interrupt want to leave: fewer of the same tasks.
+        count = config.eval_tasks // 4 if stop.is_set() else config.eval_tasks
+        results["after"] = test(learner.predict, count)
+        episodes = next(unseen.batches(1, config.tasks, config.seed + 1000))
+        labels = learner.predict(episodes)
+    timings["total"] = time.perf_counter() - start
+
+    torch.save({"model": model.state_dict(), "log_lrs": log_lrs.detach()}, out / "weights.pt")
+    title = f"{config.ways}-way {config.shots}-shot accuracy on unseen classes"
+    save_figure(out / "figure.png", title, history, results, episodes, labels)
+    metrics = {
+        "config": dataclasses.asdict(config),
+        "interrupted": stop.is_set(),
+        "results": {name: accuracy._asdict() for name, accuracy in results.items()},
+        "inner_lr": {"before": lr, "after": log_lrs.exp().tolist()},
+        "seconds": timings,
+        "peak_rss_mb": peak_rss_mb(),
+        "versions": versions(),
+        "history": dataclasses.asdict(history),
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print_table(title, results)
+    print(f"\n{out}/: figure.png, metrics.json, weights.pt   {timings['total']:.0f} s")
+
+
+# ------------------------------------------------------------------------ the command line
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("jaxmeta", "jax", "jaxlib", "optax", "torch", "numpy"):
+        with suppress(PackageNotFoundError):  # run from the source folder, say
+            found[package] = version(package)
+    return found
+
+
+def peak_rss_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # bytes there, else KiB
+
+
+@contextmanager
+def stage(name: str, timings: dict[str, float], expected: int | None = None) -> Iterator[None]:
+    """Times a stage; `expected`, in seconds, is said in advance of a stage that prints nothing."""
+    if expected:
+        print(f"{name} (about {expected} s) ...", end=" ", flush=True)
+    start = time.perf_counter()
+    yield
+    timings[name] = round(time.perf_counter() - start, 2)
+    if expected:
+        print(f"{timings[name]:.0f} s", flush=True)
+
+
+def stop_on_ctrl_c() -> threading.Event:
+    """The first Ctrl-C sets the event, the second ends the process."""
+    stop = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop.set()
+        # print may not be called here: the signal may have come in the middle of another.
+        os.write(2, b"\nStopping early, results follow; Ctrl-C again aborts.\n")
+
+    signal.signal(signal.SIGINT, on_signal)
+    return stop
+
+
+def find_device(name: str) -> torch.device:
+    """The device for the tensors, and so for JAX, which runs where its inputs are."""
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        return torch.device("cpu")
+    try:
+        jax.devices("gpu")
+    except RuntimeError as error:
+        sys.exit(f"--device gpu: this JAX has no GPU ({error}). Install jax[cuda13], or use cpu.")
+    if not torch.cuda.is_available():
+        sys.exit("--device gpu: this torch has no GPU. Install a CUDA build of torch, or use cpu.")
+    return torch.device("cuda")
+
+
+def parse_arguments() -> Config:
+    parser = argparse.ArgumentParser(
+        description="Second-order MAML of a PyTorch network on handwritten digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help=f"small sizes: {QUICK}")
+    for setting in dataclasses.fields(Config):
+        kind: Any = setting.type
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=kind,
+            default=setting.default,
+            choices=("cpu", "gpu") if setting.name == "device" else None,
+            help=setting.metadata["help"],
+        )
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    given = vars(parser.parse_args())
+    del given["quick"]
+    config = Config(**given)
+    for name in ("shots", "queries", "channels", "inner_steps", "tasks", "iterations"):
+        if given[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} is {given[name]}; expected 1 or more")
+    if not 2 <= config.ways <= len(UNSEEN_CLASSES):
+        parser.error(f"--ways is {config.ways}; expected 2 to {len(UNSEEN_CLASSES)}")
+    if config.shots + config.queries > EXAMPLES:
+        parser.error(f"--shots + --queries is more than the {EXAMPLES} images of a class")
+    if config.eval_tasks < 8:
+        parser.error(f"--eval-tasks is {config.eval_tasks}; expected 8 or more")
+    return config
 
 
 if __name__ == "__main__":
-    main()
+    settings = parse_arguments()
+    run(settings, find_device(settings.device), stop_on_ctrl_c())

@@ -16,6 +16,11 @@ BLUE, ORANGE, GREY = "#3366aa", "#dd7722", "#777777"
 RIGHT, WRONG = "#2a9d4a", "#d03a3a"
 EPISODES, QUERIES = 3, 4  # in the figure: tasks, and queries of each class
 TILE = 34  # pixels of an image with its margin
+NAMES = {
+    "nearest_neighbour": "nearest neighbour on pixels",
+    "before": "same network before meta-training",
+    "after": "after meta-training",
+}
 
 
 class Accuracy(NamedTuple):
@@ -37,10 +42,14 @@ class History:
     accuracy: list[float] = field(default_factory=list)
     held_out: list[tuple[int, Accuracy]] = field(default_factory=list)  # iteration, accuracy
 
+    def add(self, loss: float, accuracy: float) -> None:
+        self.loss.append(loss)
+        self.accuracy.append(accuracy)
+
     def summary(self, last: int) -> str:
         """The last `last` iterations and the last check, in a line."""
         return (
-            f"{len(self.loss):6d}: meta-loss {np.mean(self.loss[-last:]):.3f}, accuracy "
+            f"iteration {len(self.loss)}: meta-loss {np.mean(self.loss[-last:]):.3f}, accuracy "
             f"{np.mean(self.accuracy[-last:]):.3f}, on unseen classes {self.held_out[-1][1]}"
         )
 
@@ -48,11 +57,15 @@ class History:
 def print_table(title: str, results: dict[str, Accuracy]) -> None:
     print(f"\n{title}")
     for name, accuracy in results.items():
-        print(f"  {name:<32} {accuracy}   on {accuracy.tasks} tasks")
+        print(f"  {NAMES[name]:<34} {accuracy}  ({accuracy.tasks} tasks)")
 
 
 def save_figure(
-    path: Path, title: str, history: History, results: dict[str, Accuracy], tasks: Tasks,
+    path: Path,
+    title: str,
+    history: History,
+    results: dict[str, Accuracy],
+    tasks: Tasks,
     predictions: Tensor,
 ) -> None:
     """Draws the learning curves above the first few of `tasks`.
@@ -61,23 +74,22 @@ def save_figure(
       path: of the PNG.
       title: stands above.
       history: of meta-training.
-      results: the last is the outcome; the others are drawn as lines to compare with.
+      results: by the keys of `NAMES`.
       tasks: of unseen classes.
       predictions: int[task, way·query], the labels given to their query sets.
     """
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(12, 8.5), layout="constrained")  # not pyplot: no display needed
-        figure.suptitle(title, fontsize=13)
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1), hspace=0.04)
-        _draw_curves(above.subplots(), history, results)
-        for index, axes in enumerate(below.subplots(1, EPISODES, squeeze=False)[0]):
-            axes.set_axis_off()
-            if index < len(predictions):
-                _draw_episode(axes, Tasks(*(leaf[index].cpu() for leaf in tasks)), predictions[index].cpu())
-        below.supxlabel(
-            "Tasks of unseen classes. Top row: the images adapted to. Below: others of the same "
-            "class; where the answer was wrong, it stands beside.", fontsize=9, color=GREY,
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 9), layout="constrained")  # pyplot would want a display
+        figure.suptitle(title, fontsize=14)
+        grid = figure.add_gridspec(2, EPISODES)
+        _draw_curves(figure.add_subplot(grid[0, :]), history, results)
+        for index in range(min(EPISODES, len(predictions))):
+            task = Tasks(*(leaf[index].cpu() for leaf in tasks))
+            _draw_episode(figure.add_subplot(grid[1, index]), task, predictions[index].cpu())
+        figure.supxlabel(
+            "Tasks of unseen classes. Top row: an image of each class to adapt to. Below: others "
+            "of that class, framed green where recognized, else red with the wrong answer.",
+            fontsize=10,
         )
         figure.savefig(path, dpi=130)
 
@@ -93,14 +105,15 @@ def _draw_curves(axes: Axes, history: History, results: dict[str, Accuracy]) -> 
         axes.plot(iterations[window - 1 :], smooth, color=BLUE, linewidth=2, label=label)
     if history.held_out:
         _draw_points(axes, history.held_out, ORANGE, "unseen classes, along the way")
-    *baselines, (name, outcome) = results.items()
-    for (baseline, value), dashes in zip(baselines, (":", "--"), strict=True):
-        label = f"{baseline}: {value}"
-        axes.axhline(value.mean, color=GREY, linestyle=dashes, linewidth=1.5, label=label)
-    _draw_points(axes, [(len(accuracy), outcome)], WRONG, f"{name}: {outcome}", marker="*", size=14)
+    for name, dashes in (("before", "--"), ("nearest_neighbour", ":")):
+        label = f"{NAMES[name]}: {results[name]}"
+        axes.axhline(results[name].mean, color=GREY, linestyle=dashes, label=label)
+    after = results["after"]
+    label = f"{NAMES['after']}: {after}"
+    _draw_points(axes, [(len(accuracy), after)], WRONG, label, marker="*", size=14)
     axes.set(xlabel="iteration", ylabel="accuracy on the query sets")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", framealpha=1, edgecolor="none")
 
 
 def _draw_points(
@@ -132,6 +145,7 @@ def _draw_episode(axes: Axes, task: Tasks, predicted: Tensor) -> None:
     queries = task.query_images.reshape(ways, -1, 28, 28)[:, :QUERIES]
     answers = predicted.reshape(ways, -1)[:, :QUERIES]
     rows = queries.shape[1]
+    axes.set_axis_off()
     axes.set(xlim=(-2, ways * TILE), ylim=((rows + 1.3) * TILE, -12), aspect="equal")
     for way in range(ways):
         left = way * TILE

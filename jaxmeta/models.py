@@ -75,7 +75,7 @@ def _functional_nnx(nnx: Any, model: Any) -> tuple[Apply, PyTree, PyTree]:
     def apply(
         params: PyTree, state: PyTree, *inputs: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> tuple[Any, PyTree]:
-        module = nnx.merge(graph, params, state)
+        module = nnx.merge(graph, params, state, copy=True)
         if key is not None:
             # Streams of different names would draw the same numbers from the same key.
             keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(streams)}

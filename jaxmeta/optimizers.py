@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import optax
 
 from jaxmeta.errors import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
 from jaxmeta.objective import Objective
 from jaxmeta.trees import (
     PyTree,
+    difference,
     hide,
+    named_leaves,
     outline,
-    require_same_shapes,
-    require_same_structure,
     restore_dtypes,
     reveal,
     strong,
@@ -24,15 +25,28 @@ from jaxmeta.trees import (
 
 
 class Transformation(Protocol):
-    """What optax calls a gradient transformation."""
+    """What optax calls a gradient transformation, from optax or not."""
 
-    init: Callable[..., Any]
-    update: Callable[..., Any]
+    @property
+    def init(self) -> Callable[..., Any]:
+        """``params -> opt_state``."""
+        ...
+
+    @property
+    def update(self) -> Callable[..., Any]:
+        """``(gradient, opt_state, params, **extra) -> (updates, opt_state)``."""
+        ...
 
 
 _EXPECTED = (
     "Expected an optax.GradientTransformation, such as optax.sgd(0.1), or a function of the "
     "hyperparams that returns one. A schedule is neither: pass optax.sgd(schedule)."
+)
+
+
+_FOREIGN_STATE = "opt_state is not a state of this optimizer for these params"
+_OWN_STATE = (
+    "Pass the opt_state of a meta_unroll with the same optimizer, or optimizer.init(params)."
 )
 
 
@@ -87,14 +101,17 @@ class Optimizer:
         if opt_state is None:
             return init(params)
         expected = jax.eval_shape(init, params)
-        try:
-            require_same_structure(opt_state, expected, "opt_state", "the given opt_state")
-            require_same_shapes(opt_state, expected, "opt_state")
-        except ArgumentValueError as error:
-            raise ArgumentValueError(
-                f"opt_state is not a state of this optimizer for these params: {error} Pass the "
-                "opt_state of a meta_unroll with the same optimizer, or optimizer.init(params)."
-            ) from None
+        found = difference(opt_state, expected, "opt_state")
+        if found is not None:
+            raise ArgumentValueError(f"{_FOREIGN_STATE}: {found}. {_OWN_STATE}")
+        for (name, leaf), own in zip(
+            named_leaves("opt_state", opt_state), jax.tree.leaves(expected), strict=True
+        ):
+            if np.shape(leaf) != own.shape:
+                raise ArgumentValueError(
+                    f"{_FOREIGN_STATE}: {name} has shape {np.shape(leaf)}; expected {own.shape}. "
+                    f"{_OWN_STATE}"
+                )
         return opt_state
 
     def step(
@@ -111,7 +128,9 @@ class Optimizer:
         with _explained("optimizer.update", self.hyperparams, tuple(extra)):
             updates, new_state = update(gradient, reveal(opt_state), params, **extra)
         maker = "the update that optimizer makes"
-        require_same_structure(updates, params, "params", maker)
+        found = difference(updates, params, "params")
+        if found is not None:
+            raise ArgumentValueError(f"{maker} has another structure than params: {found}.")
         new_params = restore_dtypes(optax.apply_updates(params, updates), params, "params", maker)
         new_state = restore_dtypes(
             hide(new_state), opt_state, "opt_state", "the new state that optimizer makes"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, np.dtype)
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, np.generic, np.dtype)
 
 
 class Static:

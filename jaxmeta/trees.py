@@ -34,6 +34,8 @@ def dtype(leaf: Any) -> Any:
 
 def describe(leaf: Any) -> str:
     """Say what a leaf is: ``float32[3,4]`` for an array, ``str 'abc'`` for anything else."""
+    if isinstance(leaf, type):
+        return f"the class {leaf.__name__}"
     if not is_array(leaf):
         return f"{type(leaf).__name__} {leaf!r:.60}"
     shape = ",".join(map(str, np.shape(leaf)))
@@ -42,6 +44,8 @@ def describe(leaf: Any) -> str:
 
 def outline(tree: PyTree) -> str:
     """Say in a few words what a tree is: its keys where it has keys."""
+    if tree is None:
+        return "None"
     if isinstance(tree, dict):
         return f"a dict with the keys {list(tree)}"
     if jax.tree_util.all_leaves([tree]):
@@ -79,13 +83,12 @@ def restore_dtypes(new: PyTree, old: PyTree, root: str, maker: str) -> PyTree:
     Raises:
         ArgumentValueError: the structure, a shape or the kind of a dtype has changed.
     """
-    require_same_structure(new, old, root, maker)
+    found = difference(new, old, root)
+    if found is not None:
+        raise ArgumentValueError(f"{maker} has another structure than {root}: {found}.")
     names = [name for name, _ in named_leaves(root, old)]
     leaves, structure = jax.tree.flatten(old)
-    restored = [
-        _restore_leaf(leaf_new, leaf_old, name, maker)
-        for name, leaf_new, leaf_old in zip(names, jax.tree.leaves(new), leaves, strict=True)
-    ]
+    restored = map(_restore_leaf, jax.tree.leaves(new), leaves, names, [maker] * len(names))
     return jax.tree.unflatten(structure, restored)
 
 
@@ -110,32 +113,18 @@ def _kind(dtype: Any) -> int:
     return next((i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), _NOT_A_NUMBER)
 
 
-def require_same_structure(new: PyTree, old: PyTree, root: str, maker: str) -> None:
-    """Raise ArgumentValueError, naming the leaves, where two trees differ in structure."""
+def difference(new: PyTree, old: PyTree, root: str) -> str | None:
+    """Say how two trees differ in structure, naming the leaves; None where they do not."""
     structure_new, structure_old = jax.tree.structure(new), jax.tree.structure(old)
     if structure_new == structure_old:
-        return
+        return None
     names_new = [name for name, _ in named_leaves(root, new)]
     names_old = [name for name, _ in named_leaves(root, old)]
     missing = [name for name in names_old if name not in names_new]
     extra = [name for name in names_new if name not in names_old]
-    differences = [f"{', '.join(missing[:5])} missing"] if missing else []
-    differences += [f"{', '.join(extra[:5])} not expected"] if extra else []
-    raise ArgumentValueError(
-        f"{maker} has another structure than {root}: "
-        + ("; ".join(differences) or f"{structure_new} where {structure_old} is expected")
-        + "."
-    )
-
-
-def require_same_shapes(new: PyTree, old: PyTree, root: str) -> None:
-    """Raise ArgumentValueError, naming the leaf, where trees of one structure differ in shape."""
-    leaves = zip(named_leaves(root, new), jax.tree.leaves(old), strict=True)
-    for (name, leaf), expected in leaves:
-        if np.shape(leaf) != np.shape(expected):
-            raise ArgumentValueError(
-                f"{name} has shape {np.shape(leaf)}; expected {np.shape(expected)}."
-            )
+    parts = [f"{', '.join(missing[:5])} missing"] if missing else []
+    parts += [f"{', '.join(extra[:5])} not expected"] if extra else []
+    return "; ".join(parts) or f"{structure_new} where {structure_old} is expected"
 
 
 @jax.tree_util.register_static

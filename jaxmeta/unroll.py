@@ -3,15 +3,15 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxmeta import checks, nonfinite, optimizers
 from jaxmeta.adjoint import Adjoint, ReverseMode, check_adjoint
 from jaxmeta.objective import Objective
+from jaxmeta.optimizers import Transformation
 from jaxmeta.signature import Passing, hyperparams_passing
 from jaxmeta.static import Static, closes_over_tracer
 from jaxmeta.trees import PyTree, hide, reveal, strong
@@ -42,12 +42,12 @@ class Unrolled(NamedTuple):
 
 def meta_unroll(
     loss_fn: Callable[..., Any],
-    optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
+    optimizer: Transformation | Callable[[PyTree], Transformation],
     params: PyTree,
     batches: PyTree = None,
     *,
     batch: PyTree = None,
-    num_steps: int | None = None,
+    num_steps: SupportsIndex | None = None,
     hyperparams: PyTree = None,
     opt_state: PyTree = None,
     state: PyTree = None,
@@ -113,7 +113,7 @@ def meta_unroll(
         optimizers that divide by the square root of an average of squares do this to a
         parameter whose gradient is exactly zero: there the derivative of the square root is
         infinite. Give ``eps_root`` a small value, ``optax.adam(lr, eps_root=1e-8)``; this
-        changes the updates slightly. Optimizers with a line search use a ``while_loop``, which
+        changes the updates slightly. The line search of ``optax.lbfgs`` is a ``while_loop``, which
         JAX differentiates in forward mode only.
 
     Example:
@@ -130,7 +130,7 @@ def meta_unroll(
         >>> xs = jnp.array([[1.0, 2.0], [0.5, 1.0], [1.0, 1.5]])
         >>> gradient = jax.grad(meta_loss)({"lr": 0.1, "momentum": 0.5}, xs)
         >>> print(f"{gradient['lr']:.4f} {gradient['momentum']:.4f}")
-        -5.0110 -0.6094
+        1.6439 0.2138
 
     References:
         Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through
@@ -138,13 +138,13 @@ def meta_unroll(
         Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017,
         https://arxiv.org/abs/1703.03400.
     """
-    length = checks.count_steps(batches, batch, num_steps)
     checks.check_params(params)
-    checks.check_key(key)
     arrays = {"batches": batches, "batch": batch, "hyperparams": hyperparams, "state": state}
     for name, tree in arrays.items():
         checks.check_arrays(name, tree)
+    checks.check_key(key)
     check_adjoint(adjoint)
+    length = checks.count_steps(batches, batch, num_steps)
     passing = hyperparams_passing(
         loss_fn,
         hyperparams=hyperparams is not None,

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import torch
-from jax.tree_util import PyTreeDef
 from torch.autograd import forward_ad
 
 from jaxmeta_bridge.dlpack import adopt, lend
+from jaxmeta_bridge.dtypes import TO_TORCH
 
 # A tensor; or a number or a JAX or NumPy array, which is never differentiated.
 Operand: TypeAlias = Any
@@ -21,10 +21,10 @@ Mask = tuple[bool, ...]
 
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
-class _Trace:
+class Trace:
     """What tracing a program found out about its outputs; each compiled call returns it."""
 
-    tree: PyTreeDef
+    tree: Any  # of the outputs
     differentiable: Mask
 
 
@@ -35,12 +35,12 @@ class _Tape:
 
     Args:
         sources: where the residuals are, in the row of operands, outputs and arrays of the tape.
-        backward: compiled; of residuals and cotangents, the gradients to the operands that a mask
-            over the recorded ones names.
+        backward: compiled; of a mask over the recorded operands, the residuals and the cotangents
+            of the differentiable outputs: the gradients to those in the mask.
     """
 
     sources: tuple[int, ...]
-    backward: Callable[[list[Any], list[Any], Mask], list[jax.Array]]
+    backward: Callable[..., list[jax.Array]]
 
 
 class Program:
@@ -51,11 +51,11 @@ class Program:
         self.run = jax.jit(self.trace)
         self._derived: dict[Any, Any] = {}
 
-    def trace(self, *operands: Any) -> tuple[list[jax.Array], _Trace]:
+    def trace(self, *operands: Any) -> tuple[list[jax.Array], Trace]:
         """The outputs in a row, and what they are."""
         outputs, tree = jax.tree.flatten(self.function(*operands))
         inexact = tuple(jnp.issubdtype(output.dtype, jnp.inexact) for output in outputs)
-        return outputs, _Trace(tree, inexact)
+        return outputs, Trace(tree, inexact)
 
     def recorded(self, mask: Mask) -> Callable[..., Any]:
         """Compiled: outputs and trace, and arrays and tape for the way back to `mask`."""
@@ -88,7 +88,7 @@ def _active(
     It returns the differentiable outputs, and beside them all outputs and the trace.
     """
 
-    def function(*active: Any) -> tuple[list[Any], tuple[list[Any], _Trace]]:
+    def function(*active: Any) -> tuple[list[Any], tuple[list[Any], Trace]]:
         rest = iter(active)
         merged = [next(rest) if m else o for o, m in zip(operands, mask, strict=True)]
         outputs, trace = program.trace(*merged)
@@ -98,23 +98,25 @@ def _active(
 
 
 def _record(program: Program, mask: Mask) -> Callable[..., Any]:
-    def recorded(*operands: Any) -> tuple[list[Any], _Trace, list[Any], _Tape]:
+    def recorded(*operands: Any) -> tuple[list[Any], Trace, list[Any], list[Any], _Tape]:
         function, active = _active(program, operands, mask)
         _, pullback, (outputs, trace) = jax.vjp(function, *active, has_aux=True)
         residuals, tree = jax.tree.flatten(pullback)
-        # Most residuals are operands or outputs: those are kept once, and not as copies.
-        row = [*operands, *outputs]
-        places = {id(value): place for place, value in enumerate(row)}
-        for residual in residuals:
-            if places.setdefault(id(residual), len(row)) == len(row):
-                row.append(residual)
+        # Most residuals are operands or outputs, which are kept already, and not copied then.
+        kept = {id(value) for value in (*operands, *outputs)}
+        own = {id(residual): residual for residual in residuals if id(residual) not in kept}
+        arrays = [array for array in own.values() if array.dtype in TO_TORCH]
+        foreign = [array for array in own.values() if array.dtype not in TO_TORCH]
+        row = [*operands, *outputs, *arrays, *foreign]
+        places = {id(value): place for place, value in reversed(list(enumerate(row)))}
 
-        def backward(residuals: list[Any], cotangents: list[Any], wanted: Mask) -> list[jax.Array]:
-            return _select(_conj(tree.unflatten(residuals)(_conj(cotangents))), wanted)
+        def backward(wanted: Mask, *values: Any) -> list[jax.Array]:
+            pullback = tree.unflatten(values[: len(residuals)])
+            return _select(_conj(pullback(_conj(values[len(residuals) :]))), wanted)
 
         sources = tuple(places[id(residual)] for residual in residuals)
-        tape = _Tape(sources, jax.jit(backward, static_argnums=2))
-        return outputs, trace, row[len(operands) + len(outputs) :], tape
+        tape = _Tape(sources, jax.jit(backward, static_argnums=0))
+        return outputs, trace, arrays, foreign, tape
 
     return jax.jit(recorded)
 
@@ -145,39 +147,18 @@ def _conj(values: Iterable[Any]) -> list[jax.Array]:
     return [jnp.conj(value) for value in values]
 
 
-class _Call:
-    """One call of a program, recorded for the way back to `mask` if that names any operand."""
-
-    def __init__(self, program: Program, mask: Mask) -> None:
-        self.program = program
-        self.mask = mask
-        self.trace: _Trace
-        self.tape: _Tape | None = None
-        self.residuals: list[torch.Tensor] = []
-
-    def run(self, operands: Sequence[Operand]) -> tuple[torch.Tensor, ...]:
-        """The outputs; `trace`, and `tape` and `residuals` of a recorded call, are set."""
-        lent = [lend(o) if isinstance(o, torch.Tensor) else o for o in operands]
-        with jax.enable_x64(True), _placement():
-            if any(self.mask):
-                recorded = self.program.recorded(self.mask)
-                outputs, self.trace, residuals, self.tape = recorded(*lent)
-                self.residuals = [adopt(residual) for residual in residuals]
-            else:
-                outputs, self.trace = self.program.run(*lent)
-        return tuple(adopt(output) for output in outputs)
-
-
-def apply(program: Program, operands: Sequence[Operand]) -> tuple[tuple[torch.Tensor, ...], _Trace]:
+def apply(program: Program, operands: Sequence[Operand]) -> tuple[Sequence[torch.Tensor], Trace]:
     """Run `program`, as an operation of torch's own where torch has to know of it."""
-    transformed = _transformed()
-    recording = torch.is_grad_enabled() and not transformed
-    mask = tuple(recording and isinstance(o, torch.Tensor) and o.requires_grad for o in operands)
-    call = _Call(program, mask)
-    if not transformed and not any(mask):
-        return call.run(operands), call.trace
-    outputs = _Operation.apply(call, *operands)
-    return outputs, call.trace
+    if _transformed():
+        trace, *outputs = TransformedJaxCall.apply(program, *operands)
+        return outputs, trace
+    if torch.is_grad_enabled():
+        mask = tuple(isinstance(o, torch.Tensor) and o.requires_grad for o in operands)
+        if any(mask):
+            trace, *outputs = JaxCall.apply(program, mask, *operands)
+            return outputs, trace
+    outputs, trace = _execute(program.run, operands)
+    return adopt(outputs), trace
 
 
 def _transformed() -> bool:
@@ -185,99 +166,118 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-class _Operation(torch.autograd.Function):
-    """A call of a program, as autograd and torch.func see it.
+class JaxCall(torch.autograd.Function):
+    """A call that keeps what its backward pass needs.
 
-    An ordinary backward pass continues the recorded call. One that is itself differentiated or
-    transformed is a call of another program, so derivatives of any order come from JAX.
+    Where that pass is itself differentiated, it is a call of another program instead, so
+    derivatives of any order come from JAX, and the first one costs nothing extra.
     """
 
     @staticmethod
-    def forward(call: _Call, *operands: Operand) -> tuple[torch.Tensor, ...]:
-        return call.run(operands)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        call, *operands = inputs
-        ctx.call = call
-        ctx.others = [None if isinstance(o, torch.Tensor) else o for o in operands]
-        tensors = [o for o in operands if isinstance(o, torch.Tensor)]
-        kept = []
-        if call.tape is not None:
-            row = [*operands, *output, *call.residuals]
-            kept = [row[source] for source in call.tape.sources if source >= len(operands)]
-            call.residuals = []
-        # Through autograd's own store, which notices changes in place and frees what is used.
-        ctx.save_for_backward(*tensors, *kept)
-        if _transformed():
-            ctx.save_for_forward(*tensors)
-        fixed = [not differentiable for differentiable in call.trace.differentiable]
-        ctx.mark_non_differentiable(*_select(output, fixed))
+    def forward(ctx: Any, program: Program, mask: Mask, *operands: Operand) -> tuple[Any, ...]:
+        arrays, trace, own, foreign, tape = _execute(program.recorded(mask), operands)
+        outputs = adopt(arrays)
+        row = [*operands, *outputs, *adopt(own), *foreign]
+        residuals = [row[source] for source in tape.sources if source >= len(operands)]
+        ctx.mask, ctx.tape = mask, tape
+        _save(ctx, program, operands, residuals, outputs, trace)
+        return trace, *outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call, wanted = ctx.call, ctx.needs_input_grad[1:]
-        operands, kept = _saved(ctx)
-        given = _select(cotangents, call.trace.differentiable)
-        if call.tape is None or torch.is_grad_enabled() or _transformed():
-            gradients, _ = apply(call.program.pullback(wanted), [*operands, *given])
+        wanted = ctx.needs_input_grad[2:]
+        operands, rest = _saved(ctx, len(wanted))
+        given = _select(cotangents[1:], ctx.trace.differentiable)
+        if torch.is_grad_enabled() or _transformed():
+            gradients, _ = apply(ctx.program.pullback(wanted), [*operands, *given])
         else:
-            gradients = _backward(call, operands, kept, given, wanted)
+            others, sources = iter(rest), ctx.tape.sources
+            residuals = [operands[s] if s < len(operands) else next(others) for s in sources]
+            backward = functools.partial(ctx.tape.backward, tuple(_select(wanted, ctx.mask)))
+            gradients = adopt(_execute(backward, [*residuals, *given]))
+        return None, None, *_spread(gradients, wanted)
+
+
+class TransformedJaxCall(torch.autograd.Function):
+    """A call inside a transformation, each of which makes it a call of another program."""
+
+    @staticmethod
+    def forward(program: Program, *operands: Operand) -> tuple[Any, ...]:
+        arrays, trace = _execute(program.run, operands)
+        return trace, *adopt(arrays)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        program, *operands = inputs
+        trace, *outputs = output
+        _save(ctx, program, operands, [], outputs, trace)
+        ctx.save_for_forward(*[o for o in operands if isinstance(o, torch.Tensor)])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        operands, _ = _saved(ctx, len(wanted))
+        given = _select(cotangents[1:], ctx.trace.differentiable)
+        gradients, _ = apply(ctx.program.pullback(wanted), [*operands, *given])
         return None, *_spread(gradients, wanted)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         moved = tangents[1:]
-        operands, _kept = _saved(ctx)
+        operands, _ = _saved(ctx, len(moved))
         mask = tuple(tangent is not None for tangent in moved)
-        program = ctx.call.program.pushforward(mask)
-        outputs, _trace = apply(program, [*operands, *_select(moved, mask)])
-        return tuple(_spread(outputs, ctx.call.trace.differentiable))
+        program = ctx.program.pushforward(mask)
+        outputs, _ = apply(program, [*operands, *_select(moved, mask)])
+        return None, *_spread(outputs, ctx.trace.differentiable)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-        call, *operands = arguments
-        outputs, call.trace = apply(call.program.batched(in_dims[1:]), operands)
-        return outputs, (0,) * len(outputs)
+    ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
+        program, *operands = arguments
+        outputs, trace = apply(program.batched(in_dims[1:]), operands)
+        return (trace, *outputs), (None, *[0] * len(outputs))
 
 
-def _backward(
-    call: _Call,
-    operands: list[Operand],
-    kept: list[torch.Tensor],
-    cotangents: list[torch.Tensor],
-    wanted: Mask,
-) -> Sequence[torch.Tensor]:
-    """The gradients to `wanted`, from the tape of the call."""
-    assert call.tape is not None
-    rest = iter(kept)
-    row = [operands[s] if s < len(operands) else next(rest) for s in call.tape.sources]
-    residuals = [lend(r) if isinstance(r, torch.Tensor) else r for r in row]
+def _execute(compiled: Callable[..., Any], values: Iterable[Operand]) -> Any:
+    lent = [lend(value) if isinstance(value, torch.Tensor) else value for value in values]
     with jax.enable_x64(True), _placement():
-        gradients = call.tape.backward(
-            residuals, [lend(c) for c in cotangents], tuple(_select(wanted, call.mask))
-        )
-    return [adopt(gradient) for gradient in gradients]
+        return compiled(*lent)
 
 
 def _placement() -> contextlib.AbstractContextManager[None]:
-    """What JAX does not place by its operands goes where CPU tensors are."""
+    """Where JAX computes with CPU tensors; those on a GPU bring their own device along."""
     device = _cpu_beside_gpu()
     return contextlib.nullcontext() if device is None else jax.default_device(device)
 
 
 @functools.cache
-def _cpu_beside_gpu() -> jax.Device | None:
+def _cpu_beside_gpu() -> Any:
     return None if jax.default_backend() == "cpu" else jax.devices("cpu")[0]
 
 
-def _saved(ctx: Any) -> tuple[list[Operand], list[torch.Tensor]]:
-    """The operands of the call, and what else was kept for its residuals."""
+def _save(
+    ctx: Any,
+    program: Program,
+    operands: Sequence[Operand],
+    residuals: Sequence[Any],
+    outputs: Sequence[torch.Tensor],
+    trace: Trace,
+) -> None:
+    ctx.program, ctx.trace = program, trace
+    values = [*operands, *residuals]
+    ctx.others = [None if isinstance(value, torch.Tensor) else value for value in values]
+    # Autograd's own store notices changes in place, and frees what a backward pass has used.
+    ctx.save_for_backward(*[value for value in values if isinstance(value, torch.Tensor)])
+    fixed = [not differentiable for differentiable in trace.differentiable]
+    ctx.mark_non_differentiable(*_select(outputs, fixed))
+
+
+def _saved(ctx: Any, count: int) -> tuple[list[Operand], list[Any]]:
+    """The operands, `count` of them, and the residuals that are none of these."""
     tensors = iter(ctx.saved_tensors)
-    operands = [next(tensors) if other is None else other for other in ctx.others]
-    return operands, list(tensors)
+    values = [next(tensors) if other is None else other for other in ctx.others]
+    return values[:count], values[count:]
 
 
 def _select(values: Iterable[Any], mask: Iterable[bool]) -> list[Any]:

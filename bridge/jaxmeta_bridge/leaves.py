@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from jaxmeta_bridge.errors import ControlFlowError, UnsupportedOpError
+from jaxmeta_bridge.location import locate
 
 _LIBRARY = torch.library.Library("jaxmeta_bridge", "DEF")
 _LIBRARY.define(
@@ -75,7 +76,12 @@ def _dropout_masks(
 
 
 def _recurrent_shapes(
-    input: torch.Tensor, hx: Any, weights: Any, masks: Any, has_biases: bool, bidirectional: bool,
+    input: torch.Tensor,
+    hx: Any,
+    weights: Any,
+    masks: Any,
+    has_biases: bool,
+    bidirectional: bool,
     batch_first: bool,
 ) -> tuple[torch.Tensor, ...]:
     states: Sequence[torch.Tensor] = [hx] if isinstance(hx, torch.Tensor) else hx
@@ -90,14 +96,14 @@ for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
 
 def _refuse_value(*args: Any, **kwargs: Any) -> Any:
     raise ControlFlowError(
-        "the callable asks for the values of a tensor (numpy, tolist) while it is traced, when "
+        f"{locate({})} asks for the values of a tensor (numpy, tolist) while it is traced, when "
         "there are shapes only. Compute that part outside, or write it with torch operations."
     )
 
 
 def _refuse_assignment(*args: Any, **kwargs: Any) -> Any:
     raise UnsupportedOpError(
-        "the callable assigns to `tensor.data`, which bypasses autograd. Use torch.no_grad() and "
+        f"{locate({})} assigns to `tensor.data`, which bypasses autograd. Use torch.no_grad() and "
         "an in-place operation such as copy_ instead."
     )
 

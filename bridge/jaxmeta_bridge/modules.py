@@ -27,7 +27,10 @@ def check_convertible(module: nn.Module) -> None:
                 f"{where} is wrapped by torch.compile. Pass the original module (its `_orig_mod`); "
                 "JAX compiles it."
             )
-    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+    for kind, tensors in (
+        ("parameter", module.named_parameters()),
+        ("buffer", module.named_buffers()),
+    ):
         for name, tensor in tensors:
             _check_tensor(f"{kind} '{name}'", tensor)
 
@@ -46,7 +49,9 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise ConversionError(f"{name} is sparse ({tensor.layout}). Convert it with .to_dense().")
     if tensor.is_quantized:
-        raise ConversionError(f"{name} is quantised ({tensor.dtype}). Convert it with .dequantize().")
+        raise ConversionError(
+            f"{name} is quantised ({tensor.dtype}). Convert it with .dequantize()."
+        )
 
 
 def fingerprint(module: nn.Module) -> Hashable:

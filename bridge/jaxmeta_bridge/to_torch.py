@@ -45,8 +45,7 @@ def to_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     programs: dict[Any, tuple[Program, list[str]]] = {}
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         bools = tuple(leaf if type(leaf) is bool else None for leaf in leaves)
         bound = programs.get((tree, bools))
@@ -57,6 +56,12 @@ def to_torch(function: Callable[..., Any]) -> Callable[..., Any]:
         _check_devices(operands, names)
         outputs, trace = apply(program, operands)
         return trace.tree.unflatten(outputs)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # torch cannot look into JAX: split its graph here
+            return torch.compiler.disable(run)(*args, **kwargs)
+        return run(*args, **kwargs)
 
     return call
 

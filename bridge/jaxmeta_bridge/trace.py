@@ -6,8 +6,11 @@ what is left, and operations that the table does not know are decomposed by torc
 it does. What no rule resolves is collected, so that one error names every gap.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +21,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jaxmeta_bridge.aten import DECOMPOSITIONS, LOWERINGS
 from jaxmeta_bridge.errors import ControlFlowError, ConversionError, UnsupportedOpError
 from jaxmeta_bridge.location import locate
-from jaxmeta_bridge.program import Node, Program, Spec, Var
+from jaxmeta_bridge.program import Location, Node, Program, Spec, Var
 from jaxmeta_bridge.leaves import Leaves
 
 # Queries of a tensor's metadata: they compute nothing.
@@ -57,7 +61,7 @@ def trace(
         with torch.enable_grad(), recorder, Leaves():
             return function(*tensors)
 
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), fake_mode:
+    with _quiet(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), fake_mode:
         arguments = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
         inputs = tuple(recorder.variable(argument) for argument in arguments)
         try:
@@ -80,6 +84,17 @@ def trace(
     return program.without_dead_nodes()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a page about each error that user code raises on fake tensors, then raises it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
 class Recorder(TorchDispatchMode):
     """Writes down every operation that reaches it, with variables in place of tensors."""
 
@@ -91,11 +106,12 @@ class Recorder(TorchDispatchMode):
         self._decomposing: list[Any] = []  # from the operation the user called to its parts
         self._unsupported: dict[str, None] = {}  # an ordered set of report lines
         self._variables: dict[int, tuple[Var, torch.Tensor]] = {}  # the tensor keeps its id alive
+        self._fresh = itertools.count()
 
     def variable(self, tensor: torch.Tensor) -> Var:
         """The variable that stands for a tensor, made when it is first seen."""
         if id(tensor) not in self._variables:
-            self._variables[id(tensor)] = (Var(len(self._variables)), tensor)
+            return self._assign(tensor)
         return self._variables[id(tensor)][0]
 
     def __torch_dispatch__(
@@ -105,13 +121,21 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._dispatch(func, args, kwargs or {})
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            location = str(self._locate())
+            raise ControlFlowError(_control_flow_message(func, location)) from error
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _METADATA:
             return func(*args, **kwargs)
         if func in _UNDECLARED_MUTATIONS:
             return self._record_batch_norm(args)
         if func in LOWERINGS:
             return self._record(func, args, kwargs)
+        if (functional := _out_of_place(func)) in LOWERINGS:
+            return self._record_in_place(func, functional, args, kwargs)
         self._decomposing.append(func)
         try:
             with self:
@@ -120,27 +144,57 @@ class Recorder(TorchDispatchMode):
         finally:
             self._decomposing.pop()
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        results = func(*args, **kwargs)
+    def _record(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], runs: Any = None
+    ) -> Any:
+        node_args, node_kwargs = torch_tree.tree_map(self._read, (args, kwargs))
+        results = (runs or func)(*args, **kwargs)
         single = isinstance(results, torch.Tensor)
         tensors = [
             value if isinstance(value, torch.Tensor) else None
             for value in ([results] if single else results)
         ]
-        node_args, node_kwargs = torch_tree.tree_map(self._read, (args, kwargs))
         self.nodes.append(
             Node(
                 op=func,
                 args=node_args,
                 kwargs=node_kwargs,
-                outputs=tuple(None if t is None else self.variable(t) for t in tensors),
+                outputs=tuple(None if t is None else self._assign(t) for t in tensors),
                 specs=tuple(None if t is None else Spec.of(t) for t in tensors),
                 single=single,
                 differentiable=torch.is_grad_enabled(),
-                location=locate(self._module_names),
+                location=self._locate(),
             )
         )
         return results
+
+    def _assign(self, result: torch.Tensor) -> Var:
+        """A new variable for a result: what reads this tensor from now on reads that value."""
+        variable = Var(next(self._fresh))
+        self._variables[id(result)] = (variable, result)
+        return variable
+
+    def _record_in_place(
+        self, func: Any, functional: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records `x.op_()` as `x = op(x)`: torch's own kernels do this to temporary tensors.
+
+        A change of values is refused where another tensor shares the memory and would change too.
+        """
+        changed = args[0]
+        if torch.Tag.inplace_view not in func.tags and self._is_shared(changed):
+            self._unsupported[f"{func} on memory with several views ({self._locate()})"] = None
+        return self._record(functional, args, kwargs, runs=func)
+
+    def _is_shared(self, tensor: torch.Tensor) -> bool:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return not isinstance(tensor, FakeTensor) or any(
+            other is not tensor and storage == StorageWeakRef(other.untyped_storage())
+            for _, other in self._variables.values()
+        )
+
+    def _locate(self) -> Location:
+        return locate(self._module_names)
 
     def _record_batch_norm(self, args: tuple[Any, ...]) -> Any:
         """Records batch norm in the form that returns the new running statistics.
@@ -156,19 +210,19 @@ class Recorder(TorchDispatchMode):
         return results[:3]
 
     def _read(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or id(leaf) in self._variables:
-            return self.variable(leaf) if isinstance(leaf, torch.Tensor) else leaf
-        return self._capture(leaf)
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return self.variable(leaf) if id(leaf) in self._variables else self._capture(leaf)
 
     def _capture(self, tensor: torch.Tensor) -> Var:
         """A tensor that is no argument is a constant, unless a gradient would be lost."""
         if isinstance(tensor, FakeTensor):
-            raise AssertionError(f"untracked fake tensor at {locate(self._module_names)}")
+            raise AssertionError(f"untracked fake tensor at {self._locate()}")
         if tensor.requires_grad:
             raise ConversionError(
                 f"the callable uses a tensor of shape {tuple(tensor.shape)} that requires grad but "
                 f"is neither an argument nor a registered parameter, so its gradient would be lost "
-                f"({locate(self._module_names)}). Pass it as an argument, register it on the "
+                f"({self._locate()}). Pass it as an argument, register it on the "
                 "module, or use it detached."
             )
         variable = self.variable(tensor)
@@ -187,11 +241,11 @@ class Recorder(TorchDispatchMode):
 
     def _run_unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Notes an operation without a lowering and goes on, to find the others too."""
-        location = locate(self._module_names)
+        location = self._locate()
         try:
             results = func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ControlFlowError(_control_flow_message(func, str(location))) from error
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise
         except Exception:
             self._unsupported[f"{self._decomposing[0]} ({location})"] = None
             self.raise_if_unsupported()
@@ -219,6 +273,17 @@ _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
 @functools.cache
 def _core_decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(core_aten_decompositions())
+
+
+@functools.cache
+def _out_of_place(func: Any) -> Any:
+    """The operation that returns what `func` writes into its first argument; None if it is none."""
+    if func is torch.ops.aten.bernoulli_.float:
+        return torch.ops.aten.bernoulli.p
+    name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
+    if not func._schema.is_mutable or not name.endswith("_"):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1], None), overload, None)
 
 
 def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,7 +318,9 @@ def _control_flow_message(func: Any, location: str) -> str:
         remedy = "Use torch.where, or compute the decision outside and pass it as a Python value."
     else:
         what = f"calls {func}, the shape of whose result depends on values"
-        remedy = "Use a mask with torch.where instead of selecting, or pass indices of fixed length."
+        remedy = (
+            "Use a mask with torch.where instead of selecting, or pass indices of fixed length."
+        )
     return (
         f"{location} {what}. from_torch traces shapes without values, so that the result can be "
         f"compiled and differentiated. {remedy}"

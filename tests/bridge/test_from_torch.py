@@ -1,6 +1,7 @@
 """`from_torch`: purity, names, caching, state, and every way of calling it wrongly."""
 
 import copy
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +222,9 @@ def test_captured_tensors_are_read_anew() -> None:
 
 def test_captured_tensor_that_requires_grad_is_refused() -> None:
     model = nn.Linear(2, 1)
-    with pytest.raises(ConversionError, match=r"shape \(1, 2\) that requires grad.*test_from_torch"):
+    with pytest.raises(
+        ConversionError, match=r"shape \(1, 2\) that requires grad.*test_from_torch"
+    ):
         from_torch(lambda x: model(x))(jnp.ones(2))
 
 
@@ -341,20 +344,22 @@ def test_module_that_changes_its_parameter_is_refused() -> None:
         f(f.params, {}, jnp.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("module", "message"),
+    ("make", "message"),
     [
-        (nn.Linear(2, 2, device="meta"), r"'weight' is on the meta device.*to_empty"),
-        (nn.LazyLinear(2), r"'weight' has no shape yet"),
-        (torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
+        (lambda: nn.Linear(2, 2, device="meta"), r"'weight' is on the meta device.*to_empty"),
+        (lambda: nn.LazyLinear(2), r"'weight' has no shape yet"),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
+        (lambda: torch.compile(nn.Linear(2, 2)), "torch.compile"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-def test_modules_without_traceable_tensors(module: nn.Module, message: str) -> None:
+def test_modules_without_traceable_tensors(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
-        from_torch(module)
+        from_torch(make())
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation.*:UserWarning")
 def test_sparse_and_quantised_buffers_are_refused() -> None:
     module = nn.Module()
     module.register_buffer("b", torch.eye(2).to_sparse())
@@ -409,5 +414,5 @@ def test_inputs_of_the_wrong_type(linear: ModuleFunction) -> None:
 
 
 def test_errors_of_torch_itself_come_through(linear: ModuleFunction) -> None:
-    with pytest.raises(RuntimeError, match=r"(?i)shape|size"):
+    with pytest.raises(RuntimeError, match="must have same reduction dim"):
         linear(linear.params, {}, jnp.ones(5))

@@ -1,6 +1,6 @@
 """Inner loops written out by hand, and finite differences: what meta_unroll is held against.
 
-Nothing here uses `lax.scan` or optax. A rule is one optimizer's formula for one step,
+No formula here uses `lax.scan` or optax. A rule is one optimizer's formula for one step,
 `(step, h, w, g, memory) -> (w, memory)`, for trees of parameters; memory starts as None.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 
@@ -101,6 +102,11 @@ def random_like(tree: Any, seed: int = 0) -> Any:
     """A tree of standard normal numbers with the shapes of `tree`, in float64."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=np.shape(leaf))), tree)
+
+
+def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> Any:
+    """An optimizer of one's own; optax's annotations ask for its parameter names."""
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
 def flatten(tree: Any) -> np.ndarray:

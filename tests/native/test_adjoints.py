@@ -77,9 +77,10 @@ def test_an_adjoint_of_ones_own() -> None:
             return jax.lax.scan(step, carry, xs, length=length)
 
     def end(w: Any, adjoint: Any) -> jax.Array:
-        loss = lambda w, x: jnp.sum((w - x) ** 2)
-        xs = jnp.ones((3, 1))
-        return jaxmeta.meta_unroll(loss, optax.sgd(0.25), w, xs, adjoint=adjoint).params
+        def squared(w: Any, x: Any) -> jax.Array:
+            return (w - x) ** 2
+
+        return jaxmeta.meta_unroll(squared, optax.sgd(0.25), w, jnp.ones(3), adjoint=adjoint).params
 
     assert jax.grad(end)(0.0, FirstOrder()) == pytest.approx(1.0)
     assert jax.grad(end)(0.0, jaxmeta.ReverseMode()) == pytest.approx(0.5**3)

@@ -53,15 +53,15 @@ def test_vmap_over_tasks_is_a_loop_over_tasks(adjoint: jaxmeta.Adjoint) -> None:
 @ADJOINTS
 def test_vmap_over_hyperparams_only(adjoint: jaxmeta.Adjoint) -> None:
     rates = np.array([0.1, 0.2, 0.4])
-    f = lambda lr: trained({**H, "lr": lr}, 0.5, BATCHES, adjoint=adjoint)
-    slopes = jax.jit(jax.vmap(jax.grad(f)))(rates)
+    slope = jax.grad(lambda lr: trained({**H, "lr": lr}, 0.5, BATCHES, adjoint=adjoint))
+    slopes = jax.jit(jax.vmap(slope))(rates)
     by_hand = jax.jit(jax.grad(lambda lr: trained_by_hand({**H, "lr": lr}, 0.5, BATCHES)))
     support.assert_close(slopes, jnp.stack([by_hand(lr) for lr in rates]))
 
 
 @ADJOINTS
 def test_every_mode_gives_the_same_hessian(adjoint: jaxmeta.Adjoint) -> None:
-    f = lambda h: trained(h, 0.5, BATCHES, adjoint=adjoint)
+    f = functools.partial(trained, w=0.5, batches=BATCHES, adjoint=adjoint)
     by_hand = jax.jit(jax.hessian(lambda h: trained_by_hand(h, 0.5, BATCHES)))(H)
     for outer in (jax.jacfwd, jax.jacrev):
         for inner in (jax.jacfwd, jax.jacrev):
@@ -71,7 +71,7 @@ def test_every_mode_gives_the_same_hessian(adjoint: jaxmeta.Adjoint) -> None:
 @ADJOINTS
 def test_jvp_outside_jit(adjoint: jaxmeta.Adjoint) -> None:
     direction = {"beta": 0.2, "lr": -0.4}
-    f = lambda h: trained(h, 0.5, BATCHES, adjoint=adjoint)
+    f = functools.partial(trained, w=0.5, batches=BATCHES, adjoint=adjoint)
     by_hand = jax.jit(
         lambda h: jax.jvp(lambda h: trained_by_hand(h, 0.5, BATCHES), (h,), (direction,))
     )
@@ -91,7 +91,9 @@ def test_closed_over_values_keep_their_gradients(wrap: Any, adjoint: jaxmeta.Adj
         return out.params
 
     def by_hand(given: Any) -> jax.Array:
-        scaled = lambda w, x, h: h["scale"] * loss_fn(w, x)
+        def scaled(w: Any, x: Any, h: Any) -> jax.Array:
+            return h["scale"] * loss_fn(w, x)
+
         return support.train_by_hand(scaled, support.sgd, given["w"], BATCHES, given)[0]
 
     given = {"lr": 0.3, "scale": 1.5, "w": 0.5}
@@ -149,8 +151,7 @@ def test_nested_in_its_own_loss(adjoint: jaxmeta.Adjoint) -> None:
 
 def test_inside_a_scan_and_a_cond() -> None:
     def adapt(w: Any, x: Any) -> tuple[Any, Any]:
-        f = lambda w: trained(H, w, jnp.stack([x, x]))
-        w = jax.lax.cond(w > 0, f, lambda w: w, w)
+        w = jax.lax.cond(w > 0, lambda w: trained(H, w, jnp.stack([x, x])), lambda w: w, w)
         return w, w
 
     scanned = jax.jit(jax.grad(lambda w: jax.lax.scan(adapt, w, BATCHES)[0]))(0.5)
@@ -165,17 +166,17 @@ def test_inside_a_scan_and_a_cond() -> None:
 
 
 def test_donated_buffers() -> None:
-    train = jax.jit(lambda w, state: _sgd(w, state), donate_argnums=(0, 1))
+    optimizer = optax.sgd(0.3, 0.6)
 
-    def _sgd(w: Any, state: Any) -> tuple[Any, Any]:
-        out = jaxmeta.meta_unroll(loss_fn, optax.sgd(0.3, 0.6), w, BATCHES, opt_state=state)
+    def train(w: Any, state: Any) -> tuple[Any, Any]:
+        out = jaxmeta.meta_unroll(loss_fn, optimizer, w, BATCHES, opt_state=state)
         return out.params, out.opt_state
 
     w = jnp.full(2, 0.5)
-    state = optax.sgd(0.3, 0.6).init(w)
-    expected = _sgd(w, state)
-    w, state = train(w + 0, jax.tree.map(lambda leaf: leaf + 0, state))
-    support.assert_close((w, state), expected)
+    state = optimizer.init(w)
+    expected = train(w, state)
+    support.assert_close(jax.jit(train, donate_argnums=(0, 1))(w, state), expected)
+    assert w.is_deleted() and all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def test_without_jit() -> None:

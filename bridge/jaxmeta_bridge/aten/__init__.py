@@ -1,12 +1,30 @@
 """The table of aten operations: importing this package fills it."""
 
-from jaxmeta_bridge.aten import distances, linalg, linear  # noqa: F401
 from jaxmeta_bridge.aten import (  # noqa: F401  (each fills the table)
+    activations,
+    arithmetic,
+    attention,
+    comparison,
+    distances,
+    elementwise,
+    embedding,
+    factories,
     indexing,
+    linalg,
+    linear,
+    losses,
+    normalization,
     norms,
     ordering,
+    padding,
+    patches,
+    random,
+    recurrent,
     reductions,
+    resize,
+    sampling,
     shape,
+    special,
 )
 from jaxmeta_bridge.aten.registry import DECOMPOSITIONS, LOWERINGS
 

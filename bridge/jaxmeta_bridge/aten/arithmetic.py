@@ -12,7 +12,8 @@ from jax import lax
 from jaxmeta_bridge.aten.operands import absolute, operands, with_partials
 from jaxmeta_bridge.aten.registry import lowers
 
-aten: Any = torch.ops.aten
+_aten: Any = torch.ops.aten
+_Out = jax.ShapeDtypeStruct
 
 
 def _fmod(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -57,6 +58,14 @@ def _log_unless(x: jax.Array, excluded: jax.Array) -> jax.Array:
     return jnp.log(jnp.where(excluded, 1, x))
 
 
+def _logaddexp(x: jax.Array, y: jax.Array) -> jax.Array:
+    if not jnp.iscomplexobj(x):
+        return jnp.logaddexp(x, y)
+    # On the branch of the larger one; JAX's takes the principal branch.
+    larger, smaller = jnp.where(jnp.real(x) < jnp.real(y), jnp.stack([y, x]), jnp.stack([x, y]))
+    return larger + jnp.log1p(jnp.exp(smaller - larger))
+
+
 def _over_squared_radius(z: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """A partial derivative of the angle; torch takes it to be zero at the origin."""
     origin = (x == 0) & (y == 0)
@@ -64,56 +73,54 @@ def _over_squared_radius(z: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 _FUNCTIONS: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    aten.atan2.default: with_partials(
+    _aten.atan2.default: with_partials(
         jnp.arctan2,
         lambda _, y, x: _over_squared_radius(x, x, y),
         lambda _, y, x: _over_squared_radius(-y, x, y),
     ),
-    aten.copysign.Scalar: _copysign,
-    aten.copysign.Tensor: _copysign,
-    aten.div.Scalar: jnp.divide,
-    aten.div.Tensor: jnp.divide,
-    aten.fmax.default: _fmax,
-    aten.fmin.default: _fmin,
-    aten.fmod.Scalar: _fmod,
-    aten.fmod.Tensor: _fmod,
-    aten.gcd.default: jnp.gcd,
-    aten.heaviside.default: _heaviside,
-    aten.hypot.default: with_partials(
-        jnp.hypot, lambda h, x, y: x / h, lambda h, x, y: y / h
-    ),
-    aten.lcm.default: jnp.lcm,
-    aten.logaddexp.default: with_partials(
-        jnp.logaddexp,
+    _aten.copysign.Scalar: _copysign,
+    _aten.copysign.Tensor: _copysign,
+    _aten.div.Scalar: jnp.divide,
+    _aten.div.Tensor: jnp.divide,
+    _aten.fmax.default: _fmax,
+    _aten.fmin.default: _fmin,
+    _aten.fmod.Scalar: _fmod,
+    _aten.fmod.Tensor: _fmod,
+    _aten.gcd.default: jnp.gcd,
+    _aten.heaviside.default: _heaviside,
+    _aten.hypot.default: with_partials(jnp.hypot, lambda h, x, y: x / h, lambda h, x, y: y / h),
+    _aten.lcm.default: jnp.lcm,
+    _aten.logaddexp.default: with_partials(
+        _logaddexp,
         lambda _, x, y: lax.logistic(x - y),
         lambda _, x, y: lax.logistic(y - x),
     ),
-    aten.logaddexp2.default: with_partials(
+    _aten.logaddexp2.default: with_partials(
         jnp.logaddexp2,
         lambda _, x, y: lax.logistic(math.log(2) * (x - y)),
         lambda _, x, y: lax.logistic(math.log(2) * (y - x)),
     ),
-    aten.maximum.default: jnp.maximum,
-    aten.minimum.default: jnp.minimum,
-    aten.mul.Scalar: jnp.multiply,
-    aten.mul.Tensor: jnp.multiply,
-    aten.nextafter.default: with_partials(
+    _aten.maximum.default: jnp.maximum,
+    _aten.minimum.default: jnp.minimum,
+    _aten.mul.Scalar: jnp.multiply,
+    _aten.mul.Tensor: jnp.multiply,
+    _aten.nextafter.default: with_partials(
         jnp.nextafter, lambda _, x, y: (x != y).astype(x.dtype), None
     ),
-    aten.remainder.Scalar: _remainder,
-    aten.remainder.Scalar_Tensor: _remainder,
-    aten.remainder.Tensor: _remainder,
-    aten.special_xlog1py.default: _xlog1py,
-    aten.special_xlog1py.other_scalar: _xlog1py,
-    aten.special_xlog1py.self_scalar: _xlog1py,
-    aten.xlogy.Scalar_Other: _xlogy,
-    aten.xlogy.Scalar_Self: _xlogy,
-    aten.xlogy.Tensor: _xlogy,
+    _aten.remainder.Scalar: _remainder,
+    _aten.remainder.Scalar_Tensor: _remainder,
+    _aten.remainder.Tensor: _remainder,
+    _aten.special_xlog1py.default: _xlog1py,
+    _aten.special_xlog1py.other_scalar: _xlog1py,
+    _aten.special_xlog1py.self_scalar: _xlog1py,
+    _aten.xlogy.Scalar_Other: _xlogy,
+    _aten.xlogy.Scalar_Self: _xlogy,
+    _aten.xlogy.Tensor: _xlogy,
 }
 
 
 def _lower(function: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    def lowering(out: jax.ShapeDtypeStruct, x: Any, y: Any) -> jax.Array:
+    def lowering(out: _Out, x: Any, y: Any) -> jax.Array:
         return function(*operands(out, x, y))
 
     return lowering
@@ -123,38 +130,39 @@ for _op, _function in _FUNCTIONS.items():
     lowers(_op)(_lower(_function))
 
 
-@lowers(aten.add.Tensor, aten.add.Scalar)
-def _add(out: jax.ShapeDtypeStruct, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
+@lowers(_aten.add.Tensor, _aten.add.Scalar)
+def _add(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
     x, y, alpha = operands(out, x, y, alpha)
     return x + y * alpha
 
 
-@lowers(aten.sub.Tensor, aten.sub.Scalar)
-def _sub(out: jax.ShapeDtypeStruct, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
+@lowers(_aten.sub.Tensor, _aten.sub.Scalar)
+def _sub(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
     x, y, alpha = operands(out, x, y, alpha)
     return x - y * alpha
 
 
-@lowers(aten.rsub.Tensor, aten.rsub.Scalar)
-def _rsub(out: jax.ShapeDtypeStruct, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
+@lowers(_aten.rsub.Tensor, _aten.rsub.Scalar)
+def _rsub(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
     return _sub(out, y, x, alpha)
 
 
-@lowers(aten.div.Tensor_mode, aten.div.Scalar_mode)
-def _div_mode(
-    out: jax.ShapeDtypeStruct, x: Any, y: Any, *, rounding_mode: str | None
-) -> jax.Array:
+@lowers(_aten.div.Tensor_mode, _aten.div.Scalar_mode)
+def _div_mode(out: _Out, x: Any, y: Any, *, rounding_mode: str | None) -> jax.Array:
     x, y = jnp.broadcast_arrays(*operands(out, x, y))
     if rounding_mode is None:
         return x / y
     if jnp.issubdtype(x.dtype, jnp.integer):
         return lax.div(x, y) if rounding_mode == "trunc" else x // y
-    quotient = jnp.trunc(x / y) if rounding_mode == "trunc" else _floor_quotient(x, y)
+    if rounding_mode == "trunc":
+        quotient = jnp.trunc((x / y).astype(out.dtype))  # torch rounds to half precision first
+    else:
+        quotient = _floor_quotient(x, y)
     return lax.stop_gradient(quotient)
 
 
-@lowers(aten.floor_divide.default, aten.floor_divide.Scalar)
-def _floor_divide(out: jax.ShapeDtypeStruct, x: Any, y: Any) -> jax.Array:
+@lowers(_aten.floor_divide.default, _aten.floor_divide.Scalar)
+def _floor_divide(out: _Out, x: Any, y: Any) -> jax.Array:
     return _div_mode(out, x, y, rounding_mode="floor")
 
 
@@ -167,70 +175,74 @@ def _floor_quotient(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(y == 0, x / y, jnp.where(quotient == 0, _copysign(quotient, x / y), rounded))
 
 
-@lowers(aten.pow.Tensor_Scalar)
-def _pow_scalar(out: jax.ShapeDtypeStruct, x: jax.Array, exponent: Any) -> jax.Array:
+@lowers(_aten.pow.Tensor_Scalar)
+def _pow_scalar(out: _Out, x: jax.Array, exponent: Any) -> jax.Array:
     if isinstance(exponent, float) and exponent.is_integer() and abs(exponent) <= 8:
         exponent = int(exponent)  # products: exact derivatives at zero, and faster
     (x,) = operands(out, x)
-    if isinstance(exponent, int):
+    if isinstance(exponent, int) and jnp.issubdtype(x.dtype, jnp.inexact):
         return lax.integer_pow(x, exponent)
     if exponent in (0.5, -0.5):
         return jnp.sqrt(x) if exponent == 0.5 else lax.rsqrt(x)
     return _power(x, *operands(out, exponent))
 
 
-@lowers(aten.pow.Tensor_Tensor, aten.pow.Scalar)
-def _pow(out: jax.ShapeDtypeStruct, base: Any, exponent: jax.Array) -> jax.Array:
+@lowers(_aten.pow.Tensor_Tensor, _aten.pow.Scalar)
+def _pow(out: _Out, base: Any, exponent: jax.Array) -> jax.Array:
     return _power(*operands(out, base, exponent))
 
 
 def _power(base: jax.Array, exponent: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(base.dtype, jnp.inexact):
-        return jnp.power(base, exponent)
-    return _inexact_power(base, exponent)
+    if jnp.issubdtype(base.dtype, jnp.inexact):
+        return _inexact_power(base, exponent)
+    # What is smaller than one is rounded to zero.
+    reciprocal = jnp.where(jnp.abs(base) == 1, base ** (exponent & 1), 0)
+    return jnp.where(exponent < 0, reciprocal, base ** jnp.maximum(exponent, 0))
+
+
+def _log_of_base(x: jax.Array, y: jax.Array) -> jax.Array:
+    """log(x), but 0 where a power of zero is zero or one: there torch's derivative is zero."""
+    return jnp.log(jnp.where((x == 0) & (jnp.real(y) >= 0), 1, x))
 
 
 _inexact_power = with_partials(
     jnp.power,
     lambda _, x, y: jnp.where(y == 0, 0, y * _inexact_power(x, jnp.where(y == 0, 1, y - 1))),
-    # The limit of a power of zero is zero: it must not meet the logarithm.
-    lambda z, x, y: jnp.where(
-        (x == 0) & (jnp.real(y) >= 0), 0, z * jnp.log(jnp.where((x == 0) & (jnp.real(y) >= 0), 1, x))
-    ),
+    lambda z, x, y: z * _log_of_base(x, y),
 )
 
 
-@lowers(aten.ldexp.Tensor)
-def _ldexp(out: jax.ShapeDtypeStruct, x: jax.Array, exponent: jax.Array) -> jax.Array:
+@lowers(_aten.ldexp.Tensor)
+def _ldexp(out: _Out, x: jax.Array, exponent: jax.Array) -> jax.Array:
     x, exponent = operands(out, x, exponent)
     return x * jnp.exp2(exponent)
 
 
-@lowers(aten.addcmul.default)
-def _addcmul(out: jax.ShapeDtypeStruct, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
+@lowers(_aten.addcmul.default)
+def _addcmul(out: _Out, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
     x, y, z, value = operands(out, x, y, z, value)
     return x + value * y * z
 
 
-@lowers(aten.addcdiv.default)
-def _addcdiv(out: jax.ShapeDtypeStruct, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
+@lowers(_aten.addcdiv.default)
+def _addcdiv(out: _Out, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
     x, y, z, value = operands(out, x, y, z, value)
     return x + value * y / z
 
 
-@lowers(aten.lerp.Scalar, aten.lerp.Tensor)
-def _lerp(out: jax.ShapeDtypeStruct, start: Any, end: Any, weight: Any) -> jax.Array:
+@lowers(_aten.lerp.Scalar, _aten.lerp.Tensor)
+def _lerp(out: _Out, start: Any, end: Any, weight: Any) -> jax.Array:
     start, end, weight = operands(out, start, end, weight)
     step = end - start
     # From the nearer end, so that weight 1 gives `end` exactly.
     return jnp.where(jnp.abs(weight) < 0.5, start + weight * step, end - step * (1 - weight))
 
 
-@lowers(aten.complex.default)
-def _complex(out: jax.ShapeDtypeStruct, real: jax.Array, imag: jax.Array) -> jax.Array:
+@lowers(_aten.complex.default)
+def _complex(out: _Out, real: jax.Array, imag: jax.Array) -> jax.Array:
     return lax.complex(*jnp.broadcast_arrays(real, imag))
 
 
-@lowers(aten.polar.default)
-def _polar(out: jax.ShapeDtypeStruct, absolute: jax.Array, angle: jax.Array) -> jax.Array:
+@lowers(_aten.polar.default)
+def _polar(out: _Out, absolute: jax.Array, angle: jax.Array) -> jax.Array:
     return lax.complex(absolute * jnp.cos(angle), absolute * jnp.sin(angle))

@@ -11,34 +11,35 @@ from jax import lax
 from jaxmeta_bridge.aten.operands import common, operands
 from jaxmeta_bridge.aten.registry import lowers
 
-aten: Any = torch.ops.aten
+_aten: Any = torch.ops.aten
+_Out = jax.ShapeDtypeStruct
 
 _COMPARISONS: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    aten.eq: jnp.equal,
-    aten.ge: jnp.greater_equal,
-    aten.gt: jnp.greater,
-    aten.le: jnp.less_equal,
-    aten.lt: jnp.less,
-    aten.ne: jnp.not_equal,
+    _aten.eq: jnp.equal,
+    _aten.ge: jnp.greater_equal,
+    _aten.gt: jnp.greater,
+    _aten.le: jnp.less_equal,
+    _aten.lt: jnp.less,
+    _aten.ne: jnp.not_equal,
 }
 
 _LOGIC: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    aten.logical_and: jnp.logical_and,
-    aten.logical_or: jnp.logical_or,
-    aten.logical_xor: jnp.logical_xor,
+    _aten.logical_and: jnp.logical_and,
+    _aten.logical_or: jnp.logical_or,
+    _aten.logical_xor: jnp.logical_xor,
 }
 
 _BITWISE: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    aten.bitwise_and: jnp.bitwise_and,
-    aten.bitwise_or: jnp.bitwise_or,
-    aten.bitwise_xor: jnp.bitwise_xor,
+    _aten.bitwise_and: jnp.bitwise_and,
+    _aten.bitwise_or: jnp.bitwise_or,
+    _aten.bitwise_xor: jnp.bitwise_xor,
 }
 
 
 def _lower_comparison(
     function: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Callable[..., jax.Array]:
-    def lowering(out: jax.ShapeDtypeStruct, x: jax.Array, y: Any) -> jax.Array:
+    def lowering(out: _Out, x: jax.Array, y: Any) -> jax.Array:
         return function(*common(x, y))
 
     return lowering
@@ -47,7 +48,7 @@ def _lower_comparison(
 def _lower_logic(
     function: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Callable[..., jax.Array]:
-    def lowering(out: jax.ShapeDtypeStruct, x: jax.Array, y: jax.Array) -> jax.Array:
+    def lowering(out: _Out, x: jax.Array, y: jax.Array) -> jax.Array:
         return function(x, y)
 
     return lowering
@@ -56,7 +57,7 @@ def _lower_logic(
 def _lower_bitwise(
     function: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Callable[..., jax.Array]:
-    def lowering(out: jax.ShapeDtypeStruct, x: Any, y: Any) -> jax.Array:
+    def lowering(out: _Out, x: Any, y: Any) -> jax.Array:
         return function(*operands(out, x, y))
 
     return lowering
@@ -71,25 +72,25 @@ for _op, _function in _BITWISE.items():
 
 
 @lowers(
-    aten.__lshift__.Scalar,
-    aten.__lshift__.Tensor,
-    aten.bitwise_left_shift.Scalar_Tensor,
-    aten.bitwise_left_shift.Tensor,
-    aten.bitwise_left_shift.Tensor_Scalar,
+    _aten.__lshift__.Scalar,
+    _aten.__lshift__.Tensor,
+    _aten.bitwise_left_shift.Scalar_Tensor,
+    _aten.bitwise_left_shift.Tensor,
+    _aten.bitwise_left_shift.Tensor_Scalar,
 )
-def _left_shift(out: jax.ShapeDtypeStruct, x: Any, y: Any) -> jax.Array:
+def _left_shift(out: _Out, x: Any, y: Any) -> jax.Array:
     x, y = jnp.broadcast_arrays(*operands(out, x, y))
     return jnp.where(_in_range(y), jnp.left_shift(x, y), 0)
 
 
 @lowers(
-    aten.__rshift__.Scalar,
-    aten.__rshift__.Tensor,
-    aten.bitwise_right_shift.Scalar_Tensor,
-    aten.bitwise_right_shift.Tensor,
-    aten.bitwise_right_shift.Tensor_Scalar,
+    _aten.__rshift__.Scalar,
+    _aten.__rshift__.Tensor,
+    _aten.bitwise_right_shift.Scalar_Tensor,
+    _aten.bitwise_right_shift.Tensor,
+    _aten.bitwise_right_shift.Tensor_Scalar,
 )
-def _right_shift(out: jax.ShapeDtypeStruct, x: Any, y: Any) -> jax.Array:
+def _right_shift(out: _Out, x: Any, y: Any) -> jax.Array:
     x, y = jnp.broadcast_arrays(*operands(out, x, y))
     return jnp.where(_in_range(y), jnp.right_shift(x, y), jnp.where(x < 0, -1, 0).astype(x.dtype))
 
@@ -99,13 +100,20 @@ def _in_range(shift: jax.Array) -> jax.Array:
     return (shift >= 0) & (shift < jnp.iinfo(shift.dtype).bits)
 
 
-@lowers(aten.where.self)
-def _where(out: jax.ShapeDtypeStruct, condition: jax.Array, x: Any, y: Any) -> jax.Array:
+@lowers(_aten.isclose.default)
+def _isclose(
+    out: _Out, x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> jax.Array:
+    return jnp.isclose(*common(x, y), rtol, atol, equal_nan)
+
+
+@lowers(_aten.where.self)
+def _where(out: _Out, condition: jax.Array, x: Any, y: Any) -> jax.Array:
     return jnp.where(condition.astype(jnp.bool_), *operands(out, x, y))
 
 
-@lowers(aten.clamp.default, aten.clamp.Tensor)
-def _clamp(out: jax.ShapeDtypeStruct, x: Any, lower: Any = None, upper: Any = None) -> jax.Array:
+@lowers(_aten.clamp.default, _aten.clamp.Tensor)
+def _clamp(out: _Out, x: Any, lower: Any = None, upper: Any = None) -> jax.Array:
     if lower is not None and upper is not None:
         # Where the lower bound is not below the upper one, the upper one counts alone.
         lower, upper = operands(out, lower, upper)
@@ -116,13 +124,13 @@ def _clamp(out: jax.ShapeDtypeStruct, x: Any, lower: Any = None, upper: Any = No
 
 
 # By `where`: a value at its bound passes the gradient.
-@lowers(aten.clamp_min.default, aten.clamp_min.Tensor)
-def _clamp_min(out: jax.ShapeDtypeStruct, x: Any, lower: Any) -> jax.Array:
+@lowers(_aten.clamp_min.default, _aten.clamp_min.Tensor)
+def _clamp_min(out: _Out, x: Any, lower: Any) -> jax.Array:
     x, lower = operands(out, x, lower)
     return jnp.where((x < lower) | jnp.isnan(lower), lower, x)
 
 
-@lowers(aten.clamp_max.default, aten.clamp_max.Tensor)
-def _clamp_max(out: jax.ShapeDtypeStruct, x: Any, upper: Any) -> jax.Array:
+@lowers(_aten.clamp_max.default, _aten.clamp_max.Tensor)
+def _clamp_max(out: _Out, x: Any, upper: Any) -> jax.Array:
     x, upper = operands(out, x, upper)
     return jnp.where((x > upper) | jnp.isnan(upper), upper, x)

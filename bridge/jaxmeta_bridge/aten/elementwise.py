@@ -11,7 +11,8 @@ from jax import lax
 from jaxmeta_bridge.aten.operands import absolute, operands, with_partials, working_dtype
 from jaxmeta_bridge.aten.registry import lowers
 
-aten: Any = torch.ops.aten
+_aten: Any = torch.ops.aten
+_Out = jax.ShapeDtypeStruct
 
 
 def _sign(x: jax.Array) -> jax.Array:
@@ -20,61 +21,61 @@ def _sign(x: jax.Array) -> jax.Array:
 
 # Computed in the dtype of the result: where torch makes floats of integers, before the function.
 _FUNCTIONS: dict[Any, Callable[[jax.Array], jax.Array]] = {
-    aten.acos: jnp.arccos,
-    aten.acosh: jnp.arccosh,
-    aten.asin: jnp.arcsin,
-    aten.asinh: jnp.arcsinh,
-    aten.atan: jnp.arctan,
-    aten.atanh: with_partials(jnp.arctanh, lambda _, x: 1 / (1 - x * x)),
-    aten.bitwise_not: jnp.invert,
-    aten.ceil: jnp.ceil,
-    aten.cos: jnp.cos,
-    aten.cosh: jnp.cosh,
-    aten.deg2rad: jnp.deg2rad,
-    aten.exp: jnp.exp,
-    aten.exp2: jnp.exp2,
-    aten.expm1: jnp.expm1,
-    aten.floor: jnp.floor,
-    aten.frac: lambda x: x - jnp.trunc(x),
-    aten.log: jnp.log,
-    aten.log10: jnp.log10,
-    aten.log1p: jnp.log1p,
-    aten.log2: jnp.log2,
-    aten.neg: jnp.negative,
-    aten.rad2deg: jnp.rad2deg,
-    aten.reciprocal: jnp.reciprocal,
-    aten.round: jnp.round,
-    aten.rsqrt: with_partials(lax.rsqrt, lambda y, _: -0.5 * y * y * y),
-    aten.sigmoid: lax.logistic,
-    aten.sign: _sign,
-    aten.sin: jnp.sin,
-    aten.sinh: jnp.sinh,
-    aten.sqrt: jnp.sqrt,
-    aten.tan: jnp.tan,
-    aten.tanh: jnp.tanh,
-    aten.trunc: jnp.trunc,
+    _aten.acos: jnp.arccos,
+    _aten.acosh: jnp.arccosh,
+    _aten.asin: jnp.arcsin,
+    _aten.asinh: jnp.arcsinh,
+    _aten.atan: jnp.arctan,
+    _aten.atanh: with_partials(jnp.arctanh, lambda _, x: 1 / (1 - x * x)),
+    _aten.bitwise_not: jnp.invert,
+    _aten.ceil: jnp.ceil,
+    _aten.cos: jnp.cos,
+    _aten.cosh: jnp.cosh,
+    _aten.deg2rad: jnp.deg2rad,
+    _aten.exp: jnp.exp,
+    _aten.exp2: jnp.exp2,
+    _aten.expm1: jnp.expm1,
+    _aten.floor: jnp.floor,
+    _aten.frac: lambda x: x - jnp.trunc(x),
+    _aten.log: jnp.log,
+    _aten.log10: jnp.log10,
+    _aten.log1p: jnp.log1p,
+    _aten.log2: jnp.log2,
+    _aten.neg: jnp.negative,
+    _aten.rad2deg: jnp.rad2deg,
+    _aten.reciprocal: jnp.reciprocal,
+    _aten.round: jnp.round,
+    _aten.rsqrt: with_partials(lax.rsqrt, lambda y, _: -0.5 * y * y * y),
+    _aten.sigmoid: lax.logistic,
+    _aten.sign: _sign,
+    _aten.sin: jnp.sin,
+    _aten.sinh: jnp.sinh,
+    _aten.sqrt: jnp.sqrt,
+    _aten.tan: jnp.tan,
+    _aten.tanh: jnp.tanh,
+    _aten.trunc: jnp.trunc,
 }
 
 # Computed in the dtype of the input.
 _PREDICATES: dict[Any, Callable[[jax.Array], jax.Array]] = {
-    aten.isinf: jnp.isinf,
-    aten.isnan: jnp.isnan,
-    aten.isneginf: jnp.isneginf,
-    aten.isposinf: jnp.isposinf,
-    aten.logical_not: jnp.logical_not,
-    aten.signbit: jnp.signbit,
+    _aten.isinf: jnp.isinf,
+    _aten.isnan: jnp.isnan,
+    _aten.isneginf: jnp.isneginf,
+    _aten.isposinf: jnp.isposinf,
+    _aten.logical_not: jnp.logical_not,
+    _aten.signbit: jnp.signbit,
 }
 
 
 def _lower_function(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    def lowering(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+    def lowering(out: _Out, x: jax.Array) -> jax.Array:
         return function(*operands(out, x))
 
     return lowering
 
 
 def _lower_predicate(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    def lowering(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+    def lowering(out: _Out, x: jax.Array) -> jax.Array:
         return function(x)
 
     return lowering
@@ -86,13 +87,13 @@ for _op, _function in _PREDICATES.items():
     lowers(_op.default)(_lower_predicate(_function))
 
 
-@lowers(aten.abs.default)
-def _abs(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten.abs.default)
+def _abs(out: _Out, x: jax.Array) -> jax.Array:
     return absolute(x)
 
 
-@lowers(aten.angle.default)
-def _angle(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten.angle.default)
+def _angle(out: _Out, x: jax.Array) -> jax.Array:
     if not jnp.iscomplexobj(x):
         x = lax.stop_gradient(x.astype(out.dtype))
         return jnp.where(jnp.isnan(x), x, jnp.where(x < 0, jnp.pi, 0))
@@ -102,8 +103,8 @@ def _angle(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
     return jnp.where(zero, lax.stop_gradient(jnp.angle(x)), jnp.angle(safe))
 
 
-@lowers(aten.sgn.default)
-def _sgn(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten.sgn.default)
+def _sgn(out: _Out, x: jax.Array) -> jax.Array:
     if not jnp.iscomplexobj(x):
         return _sign(x)
     zero = x == 0
@@ -111,16 +112,16 @@ def _sgn(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, safe / jnp.abs(safe))
 
 
-@lowers(aten.round.decimals)
-def _round_decimals(out: jax.ShapeDtypeStruct, x: jax.Array, *, decimals: int) -> jax.Array:
+@lowers(_aten.round.decimals)
+def _round_decimals(out: _Out, x: jax.Array, *, decimals: int) -> jax.Array:
     (x,) = operands(out, x)
     scale = 10.0 ** abs(decimals)
     return jnp.round(x * scale) / scale if decimals >= 0 else jnp.round(x / scale) * scale
 
 
-@lowers(aten.nan_to_num.default)
+@lowers(_aten.nan_to_num.default)
 def _nan_to_num(
-    out: jax.ShapeDtypeStruct,
+    out: _Out,
     x: jax.Array,
     nan: float | None = None,
     posinf: float | None = None,
@@ -140,8 +141,8 @@ def _nan_to_num(
     return jnp.where(jnp.isnan(x), 0.0 if nan is None else nan, x)
 
 
-@lowers(aten.logit.default)
-def _logit(out: jax.ShapeDtypeStruct, x: jax.Array, eps: float | None = None) -> jax.Array:
+@lowers(_aten.logit.default)
+def _logit(out: _Out, x: jax.Array, eps: float | None = None) -> jax.Array:
     (x,) = operands(out, x)
     if eps is not None:  # `where`, so that the gradient at the bounds is one-sided as in torch
         x = jnp.where(x < eps, eps, jnp.where(x > 1 - eps, 1 - eps, x))
@@ -151,7 +152,7 @@ def _logit(out: jax.ShapeDtypeStruct, x: jax.Array, eps: float | None = None) ->
 _log_odds = with_partials(lambda x: jnp.log(x / (1 - x)), lambda _, x: 1 / (x * (1 - x)))
 
 
-@lowers(aten.frexp.Tensor)
+@lowers(_aten.frexp.Tensor)
 def _frexp(outs: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(working_dtype(x.dtype))
     _, exponent = jnp.frexp(lax.stop_gradient(x))
@@ -160,21 +161,21 @@ def _frexp(outs: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(jnp.isfinite(x), mantissa, x), exponent
 
 
-@lowers(aten._conj.default, aten._conj_physical.default)
-def _conj(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten._conj.default, _aten._conj_physical.default)
+def _conj(out: _Out, x: jax.Array) -> jax.Array:
     return jnp.conj(x)
 
 
-@lowers(aten._neg_view.default)
-def _neg_view(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten._neg_view.default)
+def _neg_view(out: _Out, x: jax.Array) -> jax.Array:
     return -x
 
 
-@lowers(aten.view_as_real.default)
-def _view_as_real(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten.view_as_real.default)
+def _view_as_real(out: _Out, x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1)
 
 
-@lowers(aten.view_as_complex.default)
-def _view_as_complex(out: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
+@lowers(_aten.view_as_complex.default)
+def _view_as_complex(out: _Out, x: jax.Array) -> jax.Array:
     return lax.complex(x[..., 0], x[..., 1])

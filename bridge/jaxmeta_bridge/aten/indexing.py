@@ -93,6 +93,13 @@ def _masked_scatter(out: _Out, x: jax.Array, mask: jax.Array, source: jax.Array)
     return jnp.where(mask, source.ravel().at[_rank(mask)].get(mode="fill"), x)
 
 
+@lowers(_aten.nonzero_static.default)
+def _nonzero_static(out: _Out, x: jax.Array, *, size: int, fill_value: int = -1) -> jax.Array:
+    if 0 in out.shape or x.size == 0:
+        return jnp.full(out.shape, fill_value)
+    return jnp.stack(jnp.nonzero(x, size=size, fill_value=fill_value), -1)
+
+
 # Flat positions.
 
 

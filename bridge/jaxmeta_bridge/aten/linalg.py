@@ -168,7 +168,8 @@ def _failures(out: _Out, x: jax.Array) -> jax.Array:
 
 @lowers(aten._linalg_det.default)
 def _determinant(out: _Outs, a: jax.Array) -> tuple[jax.Array, None, None]:
-    return jnp.linalg.det(a), None, None
+    determinant = jnp.linalg.det(a) if a.size else jnp.ones(out[0].shape)
+    return determinant, None, None
 
 
 @lowers(aten._linalg_slogdet.default)

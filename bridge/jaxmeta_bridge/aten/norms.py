@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from jaxmeta_bridge.aten.axes import Dims, axes
-from jaxmeta_bridge.aten.operands import working_dtype
+from jaxmeta_bridge.aten.axes import Dims, axes, axis
+from jaxmeta_bridge.aten.operands import absolute, working_dtype
 from jaxmeta_bridge.aten.reductions import square_root
 from jaxmeta_bridge.aten.registry import lowers
+from jaxmeta_bridge.aten.ties import shared
 
 _aten = torch.ops.aten
 _Out = jax.ShapeDtypeStruct
@@ -26,9 +27,10 @@ def _norm(x: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
         return square_root(jnp.sum(squares, over))
     if p == 0:
         return jnp.sum(x != 0, over).astype(x.real.dtype)
-    size = jnp.abs(x)
+    size = absolute(x)
     if math.isinf(p):
-        return jnp.max(size, over, initial=0) if p > 0 else jnp.min(size, over)
+        value = jnp.max(size, over, initial=0) if p > 0 else jnp.min(size, over)
+        return shared(value, size, over, nan_shares=True)
     if p == 1:
         return jnp.sum(size, over)
     absent = size == 0
@@ -61,3 +63,11 @@ def _legacy_norm(
 @lowers(_aten.dist.default)
 def _dist(out: _Out, x: jax.Array, y: jax.Array, p: float = 2) -> jax.Array:
     return _vector_norm(out, x - y, p)
+
+
+@lowers(_aten.renorm.default)
+def _renorm(out: _Out, x: jax.Array, p: float, dim: int, maxnorm: float) -> jax.Array:
+    """Slices along `dim` of larger norm are scaled down to `maxnorm`."""
+    others = tuple(a for a in range(x.ndim) if a != axis(dim, x))
+    size = jnp.expand_dims(_norm(x.astype(working_dtype(x.dtype)), p, others), others)
+    return x * jnp.where(size > maxnorm, maxnorm / (size + 1e-7), 1)

@@ -21,14 +21,18 @@ def working_dtype(dtype: Any) -> np.dtype[Any]:
 
 def operands(out: jax.ShapeDtypeStruct, *values: Any) -> list[jax.Array]:
     """Arrays and Python numbers as arrays of the dtype in which the result is computed."""
-    dtype = working_dtype(out.dtype)
-    return [jnp.asarray(value, dtype) for value in values]
+    return [_as_array(value, working_dtype(out.dtype)) for value in values]
 
 
 def common(*values: Any) -> list[jax.Array]:
     """The two operands of a comparison in the dtype to which torch promotes them."""
-    dtype = result_dtype(*values)
-    return [jnp.asarray(value, dtype) for value in values]
+    return [_as_array(value, result_dtype(*values)) for value in values]
+
+
+def _as_array(value: Any, dtype: np.dtype[Any]) -> jax.Array:
+    if isinstance(value, int):  # NumPy refuses what torch wraps around: -3 as uint8
+        value = np.asarray(value).astype(dtype)
+    return jnp.asarray(value, dtype)
 
 
 def result_dtype(*values: Any) -> np.dtype[Any]:

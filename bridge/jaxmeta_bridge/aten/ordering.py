@@ -5,6 +5,7 @@ entries torch picks is undefined, except for stable sorts; here it is the first,
 equal entries is kept. NaN counts as larger than any number.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -94,7 +95,7 @@ def _full_median(x: jax.Array, skip_nan: bool) -> jax.Array:
         return jnp.full((), jnp.nan)
     flat = x.ravel()
     value = flat[_median_index(flat, 0, skip_nan)[0]]
-    return shared(value, x, axes(None, x))
+    return shared(value, x, axes(None, x), nan_shares=True)
 
 
 @lowers(_aten.median.default)
@@ -186,10 +187,10 @@ def _searchsorted(
     side = side or ("right" if right else "left")
     if boundaries.ndim == 1:
         return jnp.searchsorted(boundaries, values, side=side)
-    rows = jax.vmap(lambda row, wanted: jnp.searchsorted(row, wanted, side=side))(
-        boundaries.reshape(-1, boundaries.shape[-1]), values.reshape(-1, values.shape[-1])
-    )
-    return rows.reshape(out.shape)
+    search = functools.partial(jnp.searchsorted, side=side)
+    for _ in range(boundaries.ndim - 1):
+        search = jax.vmap(search)
+    return search(boundaries, values)
 
 
 @lowers(_aten.bucketize.Tensor, _aten.bucketize.Scalar)

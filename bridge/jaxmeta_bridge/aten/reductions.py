@@ -20,9 +20,14 @@ _Out = jax.ShapeDtypeStruct
 _Outs = tuple[jax.ShapeDtypeStruct, ...]
 
 
+def _wide(out: _Out, x: jax.Array) -> jax.Array:
+    """`x` in the dtype in which torch adds up."""
+    return x.astype(working_dtype(out.dtype))
+
+
 @lowers(_aten.sum.default, _aten.sum.dim_IntList)
 def _sum(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Array:
-    return jnp.sum(x, axes(dim, x), dtype=out.dtype).reshape(out.shape)
+    return jnp.sum(_wide(out, x), axes(dim, x)).reshape(out.shape)
 
 
 @lowers(_aten.nansum.default)
@@ -32,32 +37,32 @@ def _nansum(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) ->
 
 @lowers(_aten.mean.default, _aten.mean.dim)
 def _mean(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Array:
-    return jnp.mean(x, axes(dim, x), dtype=out.dtype).reshape(out.shape)
+    return jnp.mean(_wide(out, x), axes(dim, x)).reshape(out.shape)
 
 
 # The derivative of JAX's product is itself made of products, hence exact where entries are zero.
 @lowers(_aten.prod.default, _aten.prod.dim_int)
 def _prod(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Array:
-    return jnp.prod(x, axes(dim, x), dtype=out.dtype).reshape(out.shape)
+    return jnp.prod(_wide(out, x), axes(dim, x)).reshape(out.shape)
 
 
 @lowers(_aten.trace.default)
 def _trace(out: _Out, x: jax.Array) -> jax.Array:
-    return jnp.trace(x, dtype=out.dtype)
+    return jnp.trace(_wide(out, x))
 
 
-# Extrema. JAX's, like torch's amax and amin, share the derivative among equal entries, and it is
-# NaN if the result is; the full max and min share it among the NaNs. max.dim picks one entry.
+# Extrema. amax and amin share the derivative among equal entries, and so do the full max and min;
+# max.dim and min.dim give it to the one entry that they pick.
 
 
 @lowers(_aten.amax.default)
 def _amax(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Array:
-    return jnp.max(x, axes(dim, x)).reshape(out.shape)
+    return shared(jnp.max(x, axes(dim, x)), x, axes(dim, x)).reshape(out.shape)
 
 
 @lowers(_aten.amin.default)
 def _amin(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Array:
-    return jnp.min(x, axes(dim, x)).reshape(out.shape)
+    return shared(jnp.min(x, axes(dim, x)), x, axes(dim, x)).reshape(out.shape)
 
 
 @lowers(_aten.aminmax.default)
@@ -71,12 +76,12 @@ def _aminmax(
 
 @lowers(_aten.max.default)
 def _full_max(out: _Out, x: jax.Array) -> jax.Array:
-    return shared(jnp.max(x), x, axes(None, x))
+    return shared(jnp.max(x), x, axes(None, x), nan_shares=True)
 
 
 @lowers(_aten.min.default)
 def _full_min(out: _Out, x: jax.Array) -> jax.Array:
-    return shared(jnp.min(x), x, axes(None, x))
+    return shared(jnp.min(x), x, axes(None, x), nan_shares=True)
 
 
 @lowers(_aten.max.dim)
@@ -173,7 +178,7 @@ def _std_and_mean(
 
 @lowers(_aten.logsumexp.default)
 def _logsumexp(out: _Out, x: jax.Array, dim: Dims, keepdim: bool = False) -> jax.Array:
-    x, over = x.astype(working_dtype(out.dtype)), axes(dim, x)
+    x, over = _wide(out, x), axes(dim, x)
     top = jax.lax.stop_gradient(jnp.max(x.real, over, keepdims=True, initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0)  # else inf - inf
     total = jnp.sum(jnp.exp(x - top), over, keepdims=True)

@@ -17,17 +17,21 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return with_derivative_of(*primals), tangents[1]
 
 
-def shared(value: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def shared(
+    value: jax.Array, x: jax.Array, axes: tuple[int, ...], nan_shares: bool = False
+) -> jax.Array:
     """`value`, picked from `x` along `axes`; its derivative is shared by all entries equal to it.
 
-    NaN counts as equal to NaN.
+    If it is NaN, `nan_shares` decides whether all NaNs share it; else it is NaN, as in torch.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return value
     expanded = jnp.expand_dims(value, axes)
-    equal = (x == expanded) | (jnp.isnan(x) & jnp.isnan(expanded))
-    mean = jnp.where(equal, x, 0).sum(axes) / equal.sum(axes)
-    return with_derivative_of(value, mean.astype(value.dtype))
+    equal = x == expanded
+    if nan_shares:
+        equal = equal | (jnp.isnan(x) & jnp.isnan(expanded))
+    weights = (equal / equal.sum(axes, keepdims=True)).astype(x.dtype)
+    return with_derivative_of(value, (x * weights).sum(axes))
 
 
 def picked(
