@@ -8,27 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmeta.errors import ArgumentTypeError, ArgumentValueError
-from jaxmeta.trees import PyTree, describe, dtype, is_array, named_leaves, outline
+from jaxmeta.trees import (
+    PyTree,
+    describe,
+    first_misfit,
+    is_array,
+    is_float,
+    named_leaves,
+    outline,
+)
 
 
 def check_params(params: PyTree) -> None:
     """Raise unless every leaf is a real floating-point array."""
-    for name, leaf in named_leaves("params", params):
-        if not (is_array(leaf) and jnp.issubdtype(dtype(leaf), jnp.floating)):
-            raise ArgumentTypeError(
-                f"{name} is {describe(leaf)}; meta_unroll differentiates params: pass floats, or "
-                "close over it."
-            )
+    found = first_misfit("params", params, is_float)
+    if found is not None:
+        name, leaf = found
+        raise ArgumentTypeError(
+            f"{name} is {describe(leaf)}; meta_unroll differentiates params: pass floats, or "
+            "close over it."
+        )
 
 
 def check_arrays(root: str, tree: PyTree) -> None:
     """Raise unless every leaf is something that JAX can compute with."""
-    for name, leaf in named_leaves(root, tree):
-        if not is_array(leaf):
-            raise ArgumentTypeError(
-                f"{name} is {describe(leaf)}; expected an array or a number: convert it, or close "
-                "over it."
-            )
+    found = first_misfit(root, tree, is_array)
+    if found is not None:
+        name, leaf = found
+        raise ArgumentTypeError(
+            f"{name} is {describe(leaf)}; expected an array or a number: convert it, or close "
+            "over it."
+        )
 
 
 def count_steps(batches: PyTree, batch: PyTree, num_steps: Any) -> int:
@@ -39,21 +49,14 @@ def count_steps(batches: PyTree, batch: PyTree, num_steps: Any) -> int:
             "batches and batch are both given; pass batches for a batch a step, or batch for one "
             "batch that every step uses."
         )
-    sizes = {name: _leading_axis(name, leaf) for name, leaf in named_leaves("batches", batches)}
-    if not sizes:
+    if not jax.tree.leaves(batches):
         if steps is None:
             raise ArgumentValueError(
                 "the number of inner steps is unknown: pass batches with a leading step axis, or "
                 "num_steps."
             )
         return steps
-    if len(set(sizes.values())) > 1:
-        raise ArgumentValueError(
-            "the leading axis of batches is the inner step, and it differs: "
-            f"{', '.join(f'{name} has {size}' for name, size in sizes.items())}. Stack as many "
-            "batches in every leaf; pass what all steps share by closing over it."
-        )
-    found = next(iter(sizes.values()))
+    found = _leading_axis(batches)
     if steps is not None and steps != found:
         raise ArgumentValueError(
             f"num_steps is {steps}, but batches have a leading axis of {found}, one batch a step. "
@@ -76,13 +79,23 @@ def _check_num_steps(num_steps: Any) -> int:
     return steps
 
 
-def _leading_axis(name: str, leaf: Any) -> int:
-    if not np.shape(leaf):
+def _leading_axis(batches: PyTree) -> int:
+    found = first_misfit("batches", batches, lambda leaf: np.ndim(leaf) > 0)
+    if found is not None:
+        name, leaf = found
         raise ArgumentValueError(
             f"{name} is {describe(leaf)}; every leaf of batches needs a leading step axis. Pass "
             "one batch that every step uses as batch=, with num_steps."
         )
-    return np.shape(leaf)[0]
+    sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(batches)]
+    if len(set(sizes)) > 1:
+        names = [name for name, _ in named_leaves("batches", batches)]
+        listed = ", ".join(f"{name} has {size}" for name, size in zip(names, sizes, strict=True))
+        raise ArgumentValueError(
+            f"the leading axis of batches is the inner step, and it differs: {listed}. Stack as "
+            "many batches in every leaf; pass what all steps share by closing over it."
+        )
+    return sizes[0]
 
 
 def check_key(key: Any) -> None:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmeta.errors import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
+from jaxmeta.manual_axes import varying
 from jaxmeta.signature import Passing
 from jaxmeta.trees import (
     PyTree,
     describe,
-    dtype,
+    first_misfit,
     is_array,
-    named_leaves,
+    is_float,
     outline,
     restore_dtypes,
 )
@@ -37,6 +38,7 @@ class Objective:
         """Evaluate the loss at ``params``."""
         loss, new_state, aux = self._split(self._evaluate(params))
         _require_float_scalar(loss)
+        _require_axes(loss, params)
         _require_arrays(aux)
         if self.state is not None:
             new_state = restore_dtypes(new_state, self.state, "state", "the new state of loss_fn")
@@ -102,17 +104,29 @@ def _require_float_scalar(loss: Any) -> None:
             f"loss_fn returned {describe(loss)} as its loss; expected a scalar, shape (): take the "
             "mean or the sum."
         )
-    if not jnp.issubdtype(dtype(loss), jnp.floating):
+    if not is_float(loss):
         raise ArgumentTypeError(
             f"loss_fn returned {describe(loss)} as its loss; expected a real floating-point "
             "number, which can have a gradient."
         )
 
 
+def _require_axes(loss: Any, params: PyTree) -> None:
+    more = tuple(sorted(varying(loss) - varying(params)))
+    if more and jax.tree.leaves(params):
+        raise ArgumentValueError(
+            f"loss_fn returned a loss that differs between the devices of the mesh axes {more}, "
+            "and params are the same on all of them, so that JAX would sum the gradients of all. "
+            f"For a loop on each device pass jax.lax.pcast(params, {more}, to='varying'); for one "
+            f"loop on all of them return jax.lax.pmean(loss, {more})."
+        )
+
+
 def _require_arrays(aux: PyTree) -> None:
-    for name, leaf in named_leaves("aux", aux):
-        if not is_array(leaf):
-            raise ArgumentTypeError(
-                f"{name}, which loss_fn returned, is {describe(leaf)}; expected arrays or numbers, "
-                "which can be stacked over the steps."
-            )
+    found = first_misfit("aux", aux, is_array)
+    if found is not None:
+        name, leaf = found
+        raise ArgumentTypeError(
+            f"{name}, which loss_fn returned, is {describe(leaf)}; expected arrays or numbers, "
+            "which can be stacked over the steps."
+        )

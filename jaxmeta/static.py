@@ -92,12 +92,13 @@ def _cells(function: types.FunctionType) -> Iterator[Any]:
             yield None
 
 
-def closes_over_tracer(value: Any) -> bool:
-    """Whether a function holds a value that JAX is tracing, in its closure or a partial.
+def closes_over_tracer(function: Any) -> bool:
+    """Whether a function holds a value that JAX is tracing, in its closure or as an attribute.
 
     Such a function means something only inside that trace, so nothing must keep it.
     """
-    return _finds_tracer(value, set())
+    owner = function.__self__ if isinstance(function, types.MethodType) else function
+    return _finds_tracer((function, list(getattr(owner, "__dict__", {}).values())), set())
 
 
 def _finds_tracer(value: Any, seen: set[int]) -> bool:

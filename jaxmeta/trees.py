@@ -1,6 +1,7 @@
 """Trees of arrays: names of leaves, what a leaf is, dtypes that stay as they began."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmeta.errors import ArgumentValueError
+from jaxmeta.manual_axes import vary, varying
 
 PyTree = Any
 
 _SCALARS = (bool, int, float, complex)
+_KINDS = (np.bool_, np.integer, jnp.floating, np.complexfloating)
+_FLOAT, _NOT_A_NUMBER = _KINDS.index(jnp.floating), len(_KINDS)
 
 
 def named_leaves(root: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -20,11 +24,23 @@ def named_leaves(root: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
         yield root + jax.tree_util.keystr(path), leaf
 
 
+def first_misfit(root: str, tree: PyTree, fits: Callable[[Any], bool]) -> tuple[str, Any] | None:
+    """Return the name and value of the first leaf that does not fit."""
+    if all(map(fits, jax.tree.leaves(tree))):  # names cost time, and are seldom needed
+        return None
+    return next((name, leaf) for name, leaf in named_leaves(root, tree) if not fits(leaf))
+
+
 def is_array(leaf: Any) -> bool:
     """Whether JAX can compute with ``leaf``: an array (keys included) or a Python number."""
     if isinstance(leaf, (np.ndarray, np.generic)):
-        return jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_
+        return _kind(leaf.dtype) < _NOT_A_NUMBER
     return isinstance(leaf, (jax.Array, *_SCALARS))
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether ``leaf`` is an array, or a number, that can have a gradient."""
+    return is_array(leaf) and _kind(dtype(leaf)) == _FLOAT
 
 
 def dtype(leaf: Any) -> Any:
@@ -93,24 +109,29 @@ def restore_dtypes(new: PyTree, old: PyTree, root: str, maker: str) -> PyTree:
 
 
 def _restore_leaf(new: Any, old: Any, name: str, maker: str) -> Any:
-    fits = is_array(new) and np.shape(new) == np.shape(old)
-    if fits and dtype(new) == dtype(old):
-        return _strong_leaf(new)
-    if fits and _kind(dtype(new)) <= _kind(dtype(old)) < _NOT_A_NUMBER:
-        return jnp.asarray(new, dtype(old))
-    raise ArgumentValueError(
-        f"{name} is {describe(old)} before a step, and {maker} makes it {describe(new)}: "
-        "the shape and the kind of number must stay the same from step to step."
-    )
+    same_shape = is_array(new) and np.shape(new) == np.shape(old)
+    same_dtype = same_shape and dtype(new) == dtype(old)
+    if not same_dtype:
+        if not (same_shape and _kind(dtype(new)) <= _kind(dtype(old)) < _NOT_A_NUMBER):
+            raise ArgumentValueError(
+                f"{name} is {describe(old)} before a step, and {maker} makes it {describe(new)}: "
+                "the shape and the kind of number must stay the same from step to step."
+            )
+        new = jnp.asarray(new, dtype(old))
+    more = sorted(varying(new) - varying(old))
+    if more:
+        raise ArgumentValueError(
+            f"{name} is the same on all devices of the mesh axes {more} before a step, and {maker} "
+            f"differs between them. Where each device trains on its own, pass params that vary: "
+            f"jax.lax.pcast(params, {tuple(more)}, to='varying')."
+        )
+    return vary(_strong_leaf(new), varying(old))
 
 
-_NOT_A_NUMBER = 4
-
-
+@functools.cache
 def _kind(dtype: Any) -> int:
     """Rank of a kind of number; a value can move up without losing anything but precision."""
-    kinds = (np.bool_, np.integer, jnp.floating, np.complexfloating)
-    return next((i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), _NOT_A_NUMBER)
+    return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), _NOT_A_NUMBER)
 
 
 def difference(new: PyTree, old: PyTree, root: str) -> str | None:

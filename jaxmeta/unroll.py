@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxmeta import checks, nonfinite, optimizers
 from jaxmeta.adjoint import Adjoint, ReverseMode, check_adjoint
+from jaxmeta.manual_axes import vary, varying
 from jaxmeta.objective import Objective
 from jaxmeta.optimizers import Transformation
 from jaxmeta.signature import Passing, hyperparams_passing
@@ -202,7 +203,7 @@ def _compiled(program: _Program) -> Callable[..., tuple[Unrolled, Any]]:
     return _kept(program)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=64)
 def _kept(program: _Program) -> Callable[..., tuple[Unrolled, Any]]:
     return _jit(program)
 
@@ -221,6 +222,7 @@ def _run(
 ) -> tuple[Unrolled, jax.Array | None]:
     optimizer = optimizers.build(program.optimizer.value, hyperparams)
     carry = carry._replace(opt_state=optimizer.start(carry.params, carry.opt_state))
+    carry = vary(carry, varying(carry.params))
 
     def step(carry: _Carry, own_batch: PyTree) -> tuple[_Carry, _Record]:
         key, subkey = (None, None) if carry.key is None else jax.random.split(carry.key)

@@ -180,7 +180,7 @@ class JaxCall(torch.autograd.Function):
         row = [*operands, *outputs, *adopt(own), *foreign]
         residuals = [row[source] for source in tape.sources if source >= len(operands)]
         ctx.mask, ctx.tape = mask, tape
-        _save(ctx, program, operands, residuals, outputs, trace)
+        _save(ctx, program, operands, residuals, trace)
         return trace, *outputs
 
     @staticmethod
@@ -209,8 +209,7 @@ class TransformedJaxCall(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         program, *operands = inputs
-        trace, *outputs = output
-        _save(ctx, program, operands, [], outputs, trace)
+        _save(ctx, program, operands, [], output[0])
         ctx.save_for_forward(*[o for o in operands if isinstance(o, torch.Tensor)])
 
     @staticmethod
@@ -261,7 +260,6 @@ def _save(
     program: Program,
     operands: Sequence[Operand],
     residuals: Sequence[Any],
-    outputs: Sequence[torch.Tensor],
     trace: Trace,
 ) -> None:
     ctx.program, ctx.trace = program, trace
@@ -269,8 +267,6 @@ def _save(
     ctx.others = [None if isinstance(value, torch.Tensor) else value for value in values]
     # Autograd's own store notices changes in place, and frees what a backward pass has used.
     ctx.save_for_backward(*[value for value in values if isinstance(value, torch.Tensor)])
-    fixed = [not differentiable for differentiable in trace.differentiable]
-    ctx.mark_non_differentiable(*_select(outputs, fixed))
 
 
 def _saved(ctx: Any, count: int) -> tuple[list[Operand], list[Any]]:

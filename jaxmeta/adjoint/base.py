@@ -46,6 +46,14 @@ class Adjoint(abc.ABC):
 def check_adjoint(adjoint: Any) -> None:
     """Raise unless ``adjoint`` is an instance of :class:`Adjoint`."""
     if isinstance(adjoint, Adjoint):
+        try:
+            hash(adjoint)
+        except TypeError:
+            raise ArgumentTypeError(
+                f"adjoint is a {type(adjoint).__name__} that cannot be hashed, so meta_unroll "
+                "cannot tell whether it is compiled for it: make it a frozen dataclass of "
+                "hashable fields."
+            ) from None
         return
     if isinstance(adjoint, type) and issubclass(adjoint, Adjoint):
         raise ArgumentTypeError(

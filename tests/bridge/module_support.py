@@ -7,14 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jaxmeta_bridge import from_torch, tensor_to_jax
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as torch_tree
 
+from jaxmeta_bridge import from_torch, tensor_to_jax
+
 
 def check_module(
-    factory: Callable[[], nn.Module], *inputs: Any, tolerance: float = 1e-8, **kwargs: Any
+    factory: Callable[[], nn.Module],
+    *inputs: Any,
+    order: int = 2,
+    tolerance: float = 1e-8,
+    **kwargs: Any,
 ) -> None:
     """Asserts equal outputs, new buffers, and first and second gradients by parameters and inputs.
 
@@ -24,11 +29,12 @@ def check_module(
     Args:
       factory: makes the module; called twice with one seed.
       inputs: positional arguments of the module; float tensors among them are differentiated by.
+      order: 1 leaves the second gradients out.
       tolerance: absolute and relative.
       kwargs: keyword arguments of the module, not differentiated by.
     """
-    expected = _run_in_torch(_make(factory), inputs, kwargs)
-    actual = _run_in_jax(_make(factory), inputs, kwargs)
+    expected = _run_in_torch(_make(factory), inputs, kwargs, order)
+    actual = _run_in_jax(_make(factory), inputs, kwargs, order)
     for what, values in expected.items():
         assert actual[what].keys() == values.keys(), what
         for name, value in values.items():
@@ -49,7 +55,9 @@ def _make(factory: Callable[[], nn.Module]) -> nn.Module:
 _Results = dict[str, dict[Any, Any]]
 
 
-def _run_in_torch(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> _Results:
+def _run_in_torch(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], order: int
+) -> _Results:
     variables: dict[Any, torch.Tensor] = dict(module.named_parameters())
     arguments = list(inputs)
     for position in _float_positions(inputs):
@@ -60,9 +68,11 @@ def _run_in_torch(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, 
     outputs = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     projection = sum((torch.as_tensor(w) * o).sum() for w, o in _projected(outputs))
     first = _gradients(projection, variables)
-    second = _gradients(sum((g * g).sum() for g in first.values()), variables)
-    buffers = dict(module.named_buffers())
-    return {"output": outputs, "buffer": buffers, "gradient": first, "second gradient": second}
+    results = {"output": outputs, "buffer": dict(module.named_buffers()), "gradient": first}
+    if order == 2:
+        squares = sum((g * g).sum() for g in first.values())
+        results["second gradient"] = _gradients(squares, variables)
+    return results
 
 
 def _gradients(value: Any, variables: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
@@ -78,7 +88,9 @@ def _gradients(value: Any, variables: dict[Any, torch.Tensor]) -> dict[Any, torc
     }
 
 
-def _run_in_jax(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> _Results:
+def _run_in_jax(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], order: int
+) -> _Results:
     with jax.enable_x64(True):
         f = from_torch(module)
         buffers = f.buffers
@@ -94,23 +106,30 @@ def _run_in_jax(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, An
             arguments = [variables.get(("input", i), value) for i, value in enumerate(fixed)]
             params = {name: v for (kind, name), v in variables.items() if kind == "parameter"}
             outputs, new_buffers = f(params, buffers, *arguments, **named)
-            leaves = {i: x for i, x in enumerate(jax.tree.leaves(outputs))}
+            leaves = dict(enumerate(jax.tree.leaves(outputs)))
             total = sum(((w * o).sum() for w, o in _projected(leaves)), jnp.zeros(()))
             return total, (leaves, new_buffers)
 
-        def squared_norm(variables: dict[Any, jax.Array]) -> tuple[Any, Any]:
-            gradients, results = jax.grad(project, has_aux=True)(variables)
-            total = sum((jnp.sum(g * g) for g in gradients.values()), jnp.zeros(()))
-            return total, (gradients, results)
+        def first(variables: dict[Any, jax.Array]) -> tuple[Any, Any]:
+            return jax.grad(project, has_aux=True)(variables)
 
-        second, (first, (outputs, new_buffers)) = jax.jit(jax.grad(squared_norm, has_aux=True))(
-            variables
-        )
+        def second(variables: dict[Any, jax.Array]) -> tuple[Any, Any]:
+            def squared_norm(variables: dict[Any, jax.Array]) -> tuple[Any, Any]:
+                gradients, results = first(variables)
+                total = sum((jnp.sum(g * g) for g in gradients.values()), jnp.zeros(()))
+                return total, (gradients, results)
+
+            return jax.grad(squared_norm, has_aux=True)(variables)
+
+        if order == 2:
+            hessian_product, (gradients, results) = jax.jit(second)(variables)
+        else:
+            hessian_product, (gradients, results) = {}, jax.jit(first)(variables)
         return {
-            "output": outputs,
-            "buffer": new_buffers,
-            "gradient": {name: value for (_, name), value in first.items()},
-            "second gradient": {name: value for (_, name), value in second.items()},
+            "output": results[0],
+            "buffer": results[1],
+            "gradient": {name: value for (_, name), value in gradients.items()},
+            "second gradient": {name: value for (_, name), value in hessian_product.items()},
         }
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jaxmeta_bridge import from_torch
 from support import check
+
+from jaxmeta_bridge import from_torch
 
 INF, NAN = math.inf, math.nan
 
@@ -55,7 +56,7 @@ def test_extrema():
 
 
 def test_equal_extrema_share_or_take_the_gradient():
-    """amax and the full max share it evenly; max.dim gives it to the entry whose index it returns."""
+    """It is shared by amax and the full max; max.dim gives it to the entry that it names."""
     x = f64([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     check(lambda x: x.amax() ** 2, x)
     check(lambda x: (x.amax(0) ** 2, x.amin((0, 1)) ** 2, x.max() ** 2, x.min() ** 2), x)

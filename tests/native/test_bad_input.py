@@ -535,6 +535,10 @@ class TestTheRest:
             adjoint=jaxmeta.StepCheckpoint,
         )
 
+    def test_an_adjoint_that_cannot_be_hashed(self) -> None:
+        adjoint = jaxmeta.StepCheckpoint(policy=[])  # type: ignore[arg-type]
+        refused(ArgumentTypeError, "StepCheckpoint that cannot be hashed", adjoint=adjoint)
+
     def test_a_refused_call_leaves_nothing_behind(self) -> None:
         broken = [True]
 

@@ -1,5 +1,6 @@
 """One compilation for each program and shape, and nothing stale or leaked."""
 
+import functools
 import gc
 import weakref
 from typing import Any
@@ -195,6 +196,9 @@ class TestStatic:
     def test_tracers_are_found_in_closures(self) -> None:
         found = []
 
+        def plain_sum(x: Any) -> Any:
+            return x + x
+
         def outer(x: Any) -> Any:
             def direct() -> Any:
                 return x
@@ -208,10 +212,21 @@ class TestStatic:
             def recursive() -> Any:
                 return recursive() + plain
 
+            class Task:
+                def __init__(self, held: Any):
+                    self.held = held
+
+                def __call__(self) -> Any:
+                    return self.held
+
+                method = __call__
+
             tree, plain = {"x": [x]}, 1.0
-            functions = [direct, nested, in_a_tree, optax.sgd(x), recursive]
+            functions = [direct, nested, in_a_tree, optax.sgd(x), functools.partial(plain_sum, x)]
+            functions += [Task(x), Task({"x": x}).method, jax.jit(direct)]
+            functions += [recursive, Task(1.0), Task(1.0).method, functools.partial(plain_sum, 1.0)]
             found.extend(closes_over_tracer(function) for function in functions)
             return x
 
         jax.grad(outer)(1.0)
-        assert found == [True, True, True, True, False]
+        assert found == [True] * 8 + [False] * 4

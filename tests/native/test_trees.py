@@ -24,8 +24,10 @@ class Pair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Plain:
+    # One field more than Flax: JAX takes dataclasses with equally many fields for equal.
     w: Any
     b: Any
+    c: Any
 
 
 @struct.dataclass
@@ -43,7 +45,7 @@ PARAMS = {
     "dict": {"w": W, "b": {"b": B}},
     "None inside": {"w": W, "frozen": None, "b": [None, B]},
     "NamedTuple": Pair(W, B),
-    "dataclass": Plain(W, B),
+    "dataclass": Plain(W, B, B),
     "flax.struct": Flax(W, B),
     "nnx.State": nnx.state(nnx.Linear(2, 1, rngs=nnx.Rngs(0))),
     "numpy": {"w": np.array([0.5, -0.5], np.float32)},
@@ -58,6 +60,7 @@ def loss_fn(params: Any, x: Any) -> Any:
 def test_parameters_keep_their_structure(kind: str) -> None:
     params = PARAMS[kind]
     out = jaxmeta.meta_unroll(loss_fn, optax.sgd(0.1), params, XS, trajectory=True, debug=True)
+    assert type(out.params) is type(jax.tree.map(jnp.asarray, params))
     assert jax.tree.structure(out.params) == jax.tree.structure(params)
     expected = params
     for x in XS:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-from jaxmeta_bridge.aten.operands import operands, with_partials
+from jaxmeta_bridge.aten.operands import absolute, operands, with_partials
 from jaxmeta_bridge.aten.registry import lowers
 
 _aten: Any = torch.ops.aten
@@ -89,9 +89,9 @@ def _softplus(out: _Out, x: jax.Array, beta: Any = 1, threshold: Any = 20) -> ja
 
 
 @lowers(_aten.log_sigmoid_forward.default)
-def _log_sigmoid(outs: Any, x: jax.Array) -> tuple[jax.Array, None]:
+def _log_sigmoid(outs: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     (x,) = operands(outs[0], x)
-    return -softplus(-x), None  # the second result serves torch's own backward pass
+    return -softplus(-x), jnp.exp(-absolute(x))  # the second is for torch's own backward pass
 
 
 @lowers(_aten.softshrink.default)
@@ -131,3 +131,16 @@ def _mish(out: _Out, x: jax.Array) -> jax.Array:
 def _glu(out: _Out, x: jax.Array, dim: int = -1) -> jax.Array:
     value, gate = jnp.split(x.astype(operands(out, 0)[0].dtype), 2, axis=dim)
     return value * lax.logistic(gate)
+
+
+# Backward passes occur where the callable itself differentiates (torch.func.grad). torch takes
+# the others apart into operations of the table.
+@lowers(_aten.hardsigmoid_backward.default)
+def _hardsigmoid_backward(out: _Out, gradient: jax.Array, x: jax.Array) -> jax.Array:
+    gradient, x = operands(out, gradient, x)
+    return jnp.where((x > -3) & (x < 3), gradient / 6, 0)
+
+
+@lowers(_aten.hardshrink_backward.default, _aten.softshrink_backward.default)
+def _shrink_backward(out: _Out, gradient: jax.Array, x: jax.Array, lambd: Any) -> jax.Array:
+    return jnp.where((x >= -lambd) & (x <= lambd), 0, gradient)

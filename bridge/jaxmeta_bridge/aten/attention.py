@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from jaxmeta_bridge.aten.normalization import safe_softmax
 from jaxmeta_bridge.aten.operands import working_dtype
 from jaxmeta_bridge.aten.registry import lowers
 
@@ -35,5 +36,5 @@ def _attention(
         scores = scores + attn_mask.astype(dtype)
     if is_causal:
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = safe_softmax(scores, axis=-1)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=dtype), None

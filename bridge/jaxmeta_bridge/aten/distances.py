@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jax import lax
 
+from jaxmeta_bridge.aten.operands import absolute
 from jaxmeta_bridge.aten.registry import lowers
 
 aten: Any = torch.ops.aten
@@ -35,7 +36,7 @@ def _euclidean_distance(out: jax.ShapeDtypeStruct, x: jax.Array, y: jax.Array) -
 
 def _norm(difference: jax.Array, p: float) -> jax.Array:
     """The p-norm over the last axis, with torch's derivatives."""
-    size = jnp.abs(difference)
+    size = absolute(difference)
     if p == 0:
         return jnp.sum(size != 0, -1).astype(size.dtype)
     if p == 1:

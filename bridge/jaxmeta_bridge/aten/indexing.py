@@ -1,13 +1,15 @@
 """Reading and writing entries at positions given by tensors.
 
-torch raises at a position out of range; compiled code cannot. Here such a read gives NaN (integers:
-the largest or smallest value), and such a write is dropped. Only `index`, `index_put`, `take` and
-`put` know negative positions. Writes to one position several times without accumulation: which one
-stays is undefined, in torch too; the gradient here goes to the one that stayed, where torch
-sends it to all of them and calls it incorrect.
+At a position out of range torch raises, which compiled code cannot do: here such a read gives NaN
+(the smallest integer, the largest unsigned one) and such a write is dropped. Negative positions
+count from the end.
+
+Of several values written to one position, which one stays is undefined, in torch too. Here it alone
+gets the gradient. In torch all of them do, which torch's documentation calls incorrect.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +40,17 @@ def _index_put(
     out: _Out, x: jax.Array, indices: _Indices, values: jax.Array, accumulate: bool = False
 ) -> jax.Array:
     values = values.astype(out.dtype)
-    given = [index for index in indices if index is not None]
-    if len(given) == 1 and given[0].dtype in (jnp.bool_, jnp.uint8):
-        return _mask_put(x, given[0] != 0, len(indices) - 1, values, accumulate)
+    given = [(place, index) for place, index in enumerate(indices) if index is not None]
+    if len(given) == 1 and given[0][1].dtype in (jnp.bool_, jnp.uint8):
+        ((before, mask),) = given
+        return _mask_put(x, mask != 0, before, values, accumulate)
     target = x.at[_subscript(indices)]
-    return target.add(values) if accumulate else target.set(values)
+    return _add(target, values) if accumulate else target.set(values)
+
+
+def _add(target: Any, values: jax.Array) -> jax.Array:
+    """Adds at `x.at[...]`; the sum of bools is "any of them"."""
+    return target.max(values) if values.dtype == bool else target.add(values)
 
 
 def _subscript(indices: _Indices) -> Subscript:
@@ -60,18 +68,16 @@ def _mask_put(
     """Writes to the entries that `mask`, which covers axes from `before` on, selects.
 
     Shapes stay fixed although their number is unknown: each entry of `x` looks up the value that
-    it would get.
+    it would get. Too few values give NaN and too many are left over, where torch raises.
     """
     after = x.ndim - before - mask.ndim
     values = values.reshape((1,) * (before + 1 + after - values.ndim) + values.shape)
     if values.shape[before] == 1:  # one value for all
         values = jnp.expand_dims(values, tuple(range(before + 1, before + mask.ndim)))
-        if mask.ndim == 0:
-            values = jnp.squeeze(values, before)
     else:
         values = values.at[at(before, _rank(mask))].get(mode="fill")
     mask = mask.reshape((1,) * before + mask.shape + (1,) * after)
-    return jnp.where(mask, x + values if accumulate else values, x)
+    return jnp.where(mask, jnp.add(x, values) if accumulate else values, x)
 
 
 def _rank(mask: jax.Array) -> jax.Array:
@@ -113,7 +119,7 @@ def _put(
     out: _Out, x: jax.Array, index: jax.Array, source: jax.Array, accumulate: bool = False
 ) -> jax.Array:
     target, source = x.ravel().at[index.ravel()], source.ravel()
-    return (target.add(source) if accumulate else target.set(source)).reshape(out.shape)
+    return (_add(target, source) if accumulate else target.set(source)).reshape(out.shape)
 
 
 # Slices along one axis.
@@ -135,7 +141,7 @@ def _index_add(
 ) -> jax.Array:
     x, source = jnp.atleast_1d(x, source)
     source = source * jnp.asarray(alpha, out.dtype)
-    return x.at[_along(x, dim, index)].add(source).reshape(out.shape)
+    return _add(x.at[_along(x, dim, index)], source).reshape(out.shape)
 
 
 @lowers(_aten.index_copy.default)
@@ -214,8 +220,9 @@ def _scatter(
         return x
     x, index, source = jnp.atleast_1d(x, index, source)
     target, source = x.at[_grid(axis(dim, x), index)], _part(source, index)
-    method = {None: target.set, "add": target.add, "multiply": target.multiply}[reduce]
-    return method(source).reshape(out.shape)
+    if reduce == "add":
+        return _add(target, source).reshape(out.shape)
+    return (target.multiply if reduce else target.set)(source).reshape(out.shape)
 
 
 @lowers(_aten.scatter.value, _aten.scatter.value_reduce)
@@ -255,7 +262,7 @@ def _scatter_reduce(
     touched = jnp.zeros(x.shape, bool).at[grid].set(True)
     base = x if include_self else jnp.where(touched, _neutral(reduce, x.dtype), x)
     if reduce == "sum":
-        result = base.at[grid].add(source)
+        result = _add(base.at[grid], source)
     elif reduce == "mean":
         count = jnp.where(touched, int(include_self), 1).at[grid].add(1)
         total = base.at[grid].add(source)

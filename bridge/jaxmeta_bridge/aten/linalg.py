@@ -63,8 +63,9 @@ def _cholesky(out: _Out, a: jax.Array, upper: bool = False) -> jax.Array:
 def _cholesky_ex(
     out: _Outs, a: jax.Array, *, upper: bool = False, check_errors: bool = False
 ) -> tuple[jax.Array, jax.Array]:
+    """The second result is not 0 where the matrix is not positive definite."""
     factor = _cholesky(out[0], a, upper)
-    return factor, jnp.isnan(jnp.real(factor)).any((-1, -2))  # torch: any number but 0 is failure
+    return factor, jnp.isnan(jnp.real(factor)).any((-1, -2))
 
 
 @lowers(aten.cholesky_solve.default)
@@ -150,20 +151,20 @@ def _solve(
         x = jnp.linalg.solve(a, b)
     else:
         x = _transpose(jnp.linalg.solve(_transpose(a), _transpose(b)))
-    return (x[..., 0] if vectors else x), None, None, _failures(out[3], x)
+    return (x[..., 0] if vectors else x), None, None, _is_singular(a)
 
 
 @lowers(aten.linalg_inv_ex.default)
 def _inverse(
     out: _Outs, a: jax.Array, *, check_errors: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    inverse = jnp.linalg.inv(a)
-    return inverse, _failures(out[1], inverse)
+    return jnp.linalg.inv(a), _is_singular(a)
 
 
-def _failures(out: _Out, x: jax.Array) -> jax.Array:
-    """What torch calls info: not zero for matrices that are singular."""
-    return ~jnp.isfinite(x).all((-1, -2)).reshape(out.shape)
+def _is_singular(a: jax.Array) -> jax.Array:
+    """What torch calls info: any number but 0 is failure."""
+    lu, _, _ = lax.linalg.lu(lax.stop_gradient(a))
+    return jnp.any(jnp.diagonal(lu, axis1=-2, axis2=-1) == 0, -1)
 
 
 @lowers(aten._linalg_det.default)

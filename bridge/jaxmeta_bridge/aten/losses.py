@@ -61,7 +61,7 @@ def _soft_margin_loss(
 _bce_slope = with_partials(
     lambda x, t: (x - t) / jnp.maximum(x * (1 - x), 1e-12),
     lambda _, x, t: (x * x - 2 * x * t + t) / jnp.square((x + 1e-12) * (1 - x + 1e-12)),
-    lambda _, x, t: -1 / ((x + 1e-12) * (1 - x + 1e-12)),
+    lambda _, x, t: -1 / jnp.maximum(x * (1 - x), 1e-12),
 )
 _bce = with_partials(
     lambda x, t: (t - 1) * jnp.maximum(jnp.log1p(-x), -100) - t * jnp.maximum(jnp.log(x), -100),

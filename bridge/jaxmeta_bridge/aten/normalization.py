@@ -40,11 +40,14 @@ def _log_softmax(out: _Out, x: jax.Array, dim: int, half_to_float: bool) -> jax.
 
 @lowers(aten._safe_softmax.default)
 def _safe_softmax(out: _Out, x: jax.Array, dim: int, dtype: Any = None) -> jax.Array:
+    x = x.astype(working_dtype(out.dtype))
+    return safe_softmax(jnp.atleast_1d(x), dim).reshape(out.shape)
+
+
+def safe_softmax(x: jax.Array, axis: int) -> jax.Array:
     """Softmax, with zeros where all is minus infinity (attention that may look nowhere)."""
-    x = jnp.atleast_1d(x.astype(working_dtype(out.dtype)))
-    nowhere = jnp.all(x == -jnp.inf, axis=dim, keepdims=True)
-    result = jnp.where(nowhere, 0, jax.nn.softmax(jnp.where(nowhere, 0, x), axis=dim))
-    return result.reshape(out.shape)
+    nowhere = jnp.all(x == -jnp.inf, axis=axis, keepdims=True)
+    return jnp.where(nowhere, 0, jax.nn.softmax(jnp.where(nowhere, 0, x), axis=axis))
 
 
 # Layers. `axes` are those over which the statistics go.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import torch
 
 from jaxmeta_bridge.aten.axes import at, axes, axis
-from jaxmeta_bridge.aten.operands import working_dtype
+from jaxmeta_bridge.aten.operands import with_partials, working_dtype
 from jaxmeta_bridge.aten.registry import lowers
 from jaxmeta_bridge.aten.ties import picked, shared
 
@@ -138,10 +138,18 @@ def _cumprod(out: _Out, x: jax.Array, dim: int) -> jax.Array:
     return jax.lax.cumprod(x, axis(dim, x)).reshape(out.shape)
 
 
+# JAX's derivative is wrong where an entry is infinite.
+_logaddexp = with_partials(
+    jnp.logaddexp,
+    lambda _, x, y: jax.lax.logistic(x - y),
+    lambda _, x, y: jax.lax.logistic(y - x),
+)
+
+
 @lowers(_aten.logcumsumexp.default)
 def _logcumsumexp(out: _Out, x: jax.Array, dim: int) -> jax.Array:
     x = jnp.atleast_1d(x).astype(working_dtype(out.dtype))
-    return jax.lax.cumlogsumexp(x, axis(dim, x)).reshape(out.shape)
+    return jax.lax.associative_scan(_logaddexp, x, axis=axis(dim, x)).reshape(out.shape)
 
 
 def _cumulative_extremum(
@@ -150,6 +158,7 @@ def _cumulative_extremum(
     """Of equal entries the latest is picked, of NaNs too."""
     x = jnp.atleast_1d(x)
     along = axis(dim, x)
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
     running = extremum(x, along)
     place = jax.lax.broadcasted_iota(int, x.shape, along)
     newest = jnp.where((x == running) | jnp.isnan(x), place, 0)

@@ -69,8 +69,6 @@ def _amin(out: _Out, x: jax.Array, dim: Dims = None, keepdim: bool = False) -> j
 def _aminmax(
     out: _Outs, x: jax.Array, dim: int | None = None, keepdim: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    if dim is None:
-        return _full_min(out[0], x), _full_max(out[1], x)
     return _amin(out[0], x, dim), _amax(out[1], x, dim)
 
 

@@ -30,7 +30,9 @@ def shared(
     equal = x == expanded
     if nan_shares:
         equal = equal | (jnp.isnan(x) & jnp.isnan(expanded))
-    weights = (equal / equal.sum(axes, keepdims=True)).astype(x.dtype)
+    count = equal.sum(axes, keepdims=True)
+    # Said outright, since XLA computes `equal * ...` as a choice, which hides the NaN of 0 / 0.
+    weights = jnp.where(count == 0, jnp.nan, equal / count).astype(x.dtype)
     return with_derivative_of(value, (x * weights).sum(axes))
 
 
