@@ -202,11 +202,12 @@ class Recorder(TorchDispatchMode):
         The kernel changes `running_mean` and `running_var` in place although its schema does not
         say so, hence functionalize does not see it. What reads them later reads the new values.
         """
-        running = args[3:5]
-        results = self._record(torch.ops.aten._native_batch_norm_legit_functional.default, args, {})
+        aten, running = torch.ops.aten, args[3:5]
+        if running[0] is None:
+            return self._record(aten._native_batch_norm_legit.no_stats, args[:3] + args[5:], {})
+        results = self._record(aten._native_batch_norm_legit_functional.default, args, {})
         for old, new in zip(running, results[3:], strict=True):
-            if old is not None:
-                self._variables[id(old)] = (self.variable(new), old)
+            self._variables[id(old)] = (self.variable(new), old)
         return results[:3]
 
     def _read(self, leaf: Any) -> Any:

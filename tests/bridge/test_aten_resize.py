@@ -56,7 +56,7 @@ def test_resize_where_float32_rounding_decides_the_neighbour():
 def test_pad(mode):
     for shape in _IMAGES.values():
         width = (1, 2, 0, 1, 1, 1)[: 2 * (len(shape) - 2)]
-        check(lambda x: F.pad(x, width, mode=mode) ** 2, _x(*shape))
+        check(lambda x, width=width: F.pad(x, width, mode=mode) ** 2, _x(*shape))
     check(lambda x: F.pad(x, (2, 1), mode=mode), _x(2, 5), order=1)
 
 

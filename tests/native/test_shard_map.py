@@ -51,6 +51,18 @@ def test_as_under_vmap(f: Any, check_vma: bool) -> None:
     support.assert_close(actual(0.1, 0.5), expected(0.1, 0.5))
 
 
+def test_a_state_that_becomes_the_same_on_all_devices() -> None:
+    def forgetful(w: Any, x: Any, *, state: Any) -> Any:
+        return loss_fn(w, x, state=state)[0], jnp.zeros(())
+
+    def on_each(xs: Any) -> jax.Array:
+        return adapt(0.1, vary(jnp.float64(0.5), frozenset({"task"})), xs[0], forgetful)[None]
+
+    mapped = jax.shard_map(on_each, mesh=MESH, in_specs=P("task"), out_specs=P("task"))
+    expected = adapt(0.1, 0.5, TASKS[0], forgetful)
+    support.assert_close(jax.jit(mapped)(TASKS[:1])[0], expected)
+
+
 def test_gradients_are_not_summed_over_devices_unasked() -> None:
     with pytest.raises(jaxmeta.ArgumentValueError, match=r"mesh axes \('task',\).*jax.lax.pcast"):
         jax.jit(sharded(of_all_tasks, True))(0.1, 0.5)

@@ -296,7 +296,7 @@ def _extremum(
         return value
     value = jax.lax.stop_gradient(value)
     chosen_x, chosen = x == value, source == value[grid]
-    count = chosen_x.astype(x.dtype).at[grid].add(chosen)
+    count = chosen_x.astype(int).at[grid].add(chosen.astype(int))
     total = jnp.where(chosen_x, base, 0).at[grid].add(jnp.where(chosen, source, 0))
     return with_derivative_of(value, total / count)
 
@@ -318,8 +318,8 @@ def _products(shape: tuple[int, ...], along: int, index: jax.Array, source: jax.
     differs = index[1:] != index[:-1]
     edge = jnp.ones((1, *index.shape[1:]), bool)
     _, products = jax.lax.associative_scan(multiply, (jnp.concatenate([edge, differs]), source))
-    # Only the last product of a segment is complete; the others go nowhere.
+    # Only the last product of a segment is complete; the others go to no position.
     index = jnp.where(jnp.concatenate([differs, edge]), index, shape[along])
     ones = jnp.ones(shape, source.dtype)
     index, products = jnp.moveaxis(index, 0, along), jnp.moveaxis(products, 0, along)
-    return ones.at[_grid(along, index)].set(products, mode="drop", unique_indices=False)
+    return ones.at[_grid(along, index)].set(products)
