@@ -40,11 +40,17 @@ def functional(
     Example:
         >>> import jax, jax.numpy as jnp, jaxmeta, optax
         >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
         >>> apply, params, state = jaxmeta.functional(model)
         >>> def loss_fn(params, batch, *, state, key):
-        ...     outputs, state = apply(params, state, batch, rngs=nnx.Rngs(key))
+        ...     outputs, state = apply(params, state, batch, key=key)
         ...     return jnp.mean(outputs**2), state
+        >>> out = jaxmeta.meta_unroll(
+        ...     loss_fn, optax.sgd(0.1), params, jnp.ones((5, 2, 3)), state=state,
+        ...     key=jax.random.key(0))
+        >>> out.losses.shape
+        (5,)
 
     References:
         flax, https://flax.readthedocs.io: ``nnx.split`` and ``nnx.merge``, linen's ``apply``.

@@ -43,7 +43,12 @@ _EXPECTED = (
     "hyperparams that returns one. A schedule is neither: pass optax.sgd(schedule)."
 )
 
-
+# What JAX raises where Python needs the value of a traced array: in an if, float(), range().
+_NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 _FOREIGN_STATE = "opt_state is not a state of this optimizer for these params"
 _OWN_STATE = (
     "Pass the opt_state of a meta_unroll with the same optimizer, or optimizer.init(params)."
@@ -145,7 +150,7 @@ def build(optimizer: Any, hyperparams: PyTree) -> Optimizer:
     with _explained("optimizer(hyperparams)", hyperparams):
         try:
             made = optimizer(hyperparams)
-        except jax.errors.ConcretizationTypeError:
+        except _NEEDS_VALUE:
             raise
         except TypeError as error:
             raise ArgumentTypeError(
@@ -181,14 +186,15 @@ def _explained(call: str, hyperparams: PyTree, extra: tuple[str, ...] = ()) -> I
             f"{call} asked for the key {error}, which is not there: hyperparams is "
             f"{outline(hyperparams)}."
         ) from error
-    except jax.errors.ConcretizationTypeError as error:
+    except _NEEDS_VALUE as error:
         raise ArgumentTypeError(
-            f"{call} needs a concrete value for one of the optimizer's arguments, but that "
-            "argument comes from hyperparams, which are traced. Some optax schedules branch on "
-            "their arguments (the rate of exponential_decay, the scales of the piecewise ones, "
-            "the peak of warmup_cosine_decay_schedule, sgdr_schedule): write the schedule as a "
-            "plain function, such as optax.sgd(lambda count: h['lr'] * h['rate'] ** count), or "
-            "close over a Python number where no gradient is needed."
+            f"{call} needs the value of an argument of the optimizer while JAX traces it, and "
+            "what comes from hyperparams (or is the step count of a schedule) has none then. Some "
+            "optax schedules branch on their arguments (the rate of exponential_decay, the scales "
+            "of the piecewise ones, the peak of warmup_cosine_decay_schedule, sgdr_schedule): "
+            "write the schedule as a plain function of the count, such as "
+            "optax.sgd(lambda count: h['lr'] * h['rate'] ** count), with jnp.where in place of if; "
+            "or close over a Python number where no gradient is needed."
         ) from error
     except Exception as error:
         if extra:

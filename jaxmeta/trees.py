@@ -1,7 +1,7 @@
 """Trees of arrays: names of leaves, what a leaf is, dtypes that stay as they began."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -156,15 +156,13 @@ class Hidden:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Hidden) and (
-            self.value is other.value or bool(self.value == other.value)
-        )
+        if not isinstance(other, Hidden):
+            return False
+        comparable = isinstance(self.value, Hashable) and isinstance(other.value, Hashable)
+        return self.value is other.value or (comparable and self.value == other.value)
 
     def __hash__(self) -> int:
-        try:
-            return hash(self.value)
-        except TypeError:
-            return id(self.value)
+        return hash(self.value) if isinstance(self.value, Hashable) else id(self.value)
 
     def __repr__(self) -> str:
         return f"Hidden({self.value!r})"

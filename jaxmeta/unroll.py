@@ -118,7 +118,7 @@ def meta_unroll(
         JAX differentiates in forward mode only.
 
     Example:
-        The learning rate and momentum for which three steps come closest to a target:
+        How learning rate and momentum change the distance to a target after three steps:
 
         >>> import jax, jax.numpy as jnp, jaxmeta, optax
         >>> def loss_fn(w, x):

@@ -130,6 +130,8 @@ class Recorder(TorchDispatchMode):
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _METADATA:
             return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._refuse_change_of_captured(func, args)
         if func in _UNDECLARED_MUTATIONS:
             return self._record_batch_norm(args)
         if func in LOWERINGS:
@@ -188,10 +190,18 @@ class Recorder(TorchDispatchMode):
 
     def _is_shared(self, tensor: torch.Tensor) -> bool:
         storage = StorageWeakRef(tensor.untyped_storage())
-        return not isinstance(tensor, FakeTensor) or any(
+        return any(
             other is not tensor and storage == StorageWeakRef(other.untyped_storage())
             for _, other in self._variables.values()
         )
+
+    def _refuse_change_of_captured(self, func: Any, args: tuple[Any, ...]) -> None:
+        if isinstance(args[0], torch.Tensor) and not isinstance(args[0], FakeTensor):
+            raise UnsupportedOpError(
+                f"{self._locate()} changes a tensor in place ({func}) that is neither an argument "
+                "nor a registered buffer; a pure function cannot. Register it with "
+                "register_buffer, and its new value is returned."
+            )
 
     def _locate(self) -> Location:
         return locate(self._module_names)
@@ -218,7 +228,11 @@ class Recorder(TorchDispatchMode):
     def _capture(self, tensor: torch.Tensor) -> Var:
         """A tensor that is no argument is a constant, unless a gradient would be lost."""
         if isinstance(tensor, FakeTensor):
-            raise AssertionError(f"untracked fake tensor at {self._locate()}")
+            raise UnsupportedOpError(
+                f"{self._locate()} uses a tensor that no traced operation made, such as an "
+                "nn.Parameter or a module created inside the callable. Create it outside, and pass "
+                "it or register it."
+            )
         if tensor.requires_grad:
             raise ConversionError(
                 f"the callable uses a tensor of shape {tuple(tensor.shape)} that requires grad but "

@@ -1,4 +1,4 @@
-"""Compares a torch function lowered to JAX with torch: values, dtypes, first and second gradients."""
+"""Compares a torch function lowered to JAX with torch itself: values, dtypes and gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -416,3 +416,20 @@ def test_inputs_of_the_wrong_type(linear: ModuleFunction) -> None:
 def test_errors_of_torch_itself_come_through(linear: ModuleFunction) -> None:
     with pytest.raises(RuntimeError, match="must have same reduction dim"):
         linear(linear.params, {}, jnp.ones(5))
+
+
+def test_in_place_change_of_a_captured_tensor_is_refused_and_undone() -> None:
+    count = torch.zeros(2)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        count.add_(1)
+        return x * count
+
+    with pytest.raises(UnsupportedOpError, match=r"count.add_\(1\).*register_buffer"):
+        from_torch(function)(jnp.ones(2))
+    assert torch.equal(count, torch.zeros(2))
+
+
+def test_module_made_inside_the_callable_is_refused() -> None:
+    with pytest.raises(UnsupportedOpError, match="created inside the callable"):
+        from_torch(lambda x: nn.Linear(2, 2)(x))(jnp.ones(2))

@@ -139,9 +139,12 @@ def test_leaves_that_are_no_floats_pass_through() -> None:
 def test_optimizer_state_that_holds_more_than_arrays() -> None:
     class State(NamedTuple):
         name: str
+        labels: set[str]  # cannot be hashed
         rule: Any
         steps: int
         memory: Any
+
+    labels = {"a", "b"}
 
     def rule(g: Any) -> Any:
         return -0.1 * g
@@ -151,14 +154,15 @@ def test_optimizer_state_that_holds_more_than_arrays() -> None:
         return jax.tree.map(state.rule, gradient), state._replace(steps=state.steps + 1)
 
     def init(params: Any) -> State:
-        return State("descent", rule, 0, jax.tree.map(jnp.zeros_like, params))
+        return State("descent", labels, rule, 0, jax.tree.map(jnp.zeros_like, params))
 
     optimizer = support.transformation(init, update)
     state = None
     for expected in (3, 6):
         out = jaxmeta.meta_unroll(loss_fn, optimizer, W, XS, opt_state=state)
         state = out.opt_state
-        assert state.name == "descent" and state.rule is rule and state.steps == expected
+        assert state.name == "descent" and state.rule is rule and state.labels is labels
+        assert state.steps == expected
     gradient = jax.jit(
         jax.grad(lambda w: jaxmeta.meta_unroll(loss_fn, optimizer, w, XS).losses[-1])
     )(W)

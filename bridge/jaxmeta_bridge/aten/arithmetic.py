@@ -80,8 +80,6 @@ _FUNCTIONS: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
     ),
     _aten.copysign.Scalar: _copysign,
     _aten.copysign.Tensor: _copysign,
-    _aten.div.Scalar: jnp.divide,
-    _aten.div.Tensor: jnp.divide,
     _aten.fmax.default: _fmax,
     _aten.fmin.default: _fmin,
     _aten.fmod.Scalar: _fmod,
@@ -102,8 +100,6 @@ _FUNCTIONS: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
     ),
     _aten.maximum.default: jnp.maximum,
     _aten.minimum.default: jnp.minimum,
-    _aten.mul.Scalar: jnp.multiply,
-    _aten.mul.Tensor: jnp.multiply,
     _aten.nextafter.default: with_partials(
         jnp.nextafter, lambda _, x, y: (x != y).astype(x.dtype), None
     ),
@@ -130,6 +126,18 @@ for _op, _function in _FUNCTIONS.items():
     lowers(_op)(_lower(_function))
 
 
+@lowers(_aten.mul.Tensor, _aten.mul.Scalar)
+def _mul(out: _Out, x: Any, y: Any) -> jax.Array:
+    x, y = operands(out, x, y, exact=True)
+    return x * y
+
+
+@lowers(_aten.div.Tensor, _aten.div.Scalar)
+def _div(out: _Out, x: Any, y: Any) -> jax.Array:
+    x, y = operands(out, x, y, exact=True)
+    return x / y
+
+
 @lowers(_aten.add.Tensor, _aten.add.Scalar)
 def _add(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
     x, y, alpha = operands(out, x, y, alpha)
@@ -149,7 +157,7 @@ def _rsub(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
 
 @lowers(_aten.div.Tensor_mode, _aten.div.Scalar_mode)
 def _div_mode(out: _Out, x: Any, y: Any, *, rounding_mode: str | None) -> jax.Array:
-    x, y = jnp.broadcast_arrays(*operands(out, x, y))
+    x, y = jnp.broadcast_arrays(*operands(out, x, y, exact=True))
     if rounding_mode is None:
         return x / y
     if jnp.issubdtype(x.dtype, jnp.integer):
@@ -220,19 +228,19 @@ def _ldexp(out: _Out, x: jax.Array, exponent: jax.Array) -> jax.Array:
 
 @lowers(_aten.addcmul.default)
 def _addcmul(out: _Out, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
-    x, y, z, value = operands(out, x, y, z, value)
+    x, y, z, value = operands(out, x, y, z, value, exact=True)
     return x + value * y * z
 
 
 @lowers(_aten.addcdiv.default)
 def _addcdiv(out: _Out, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
-    x, y, z, value = operands(out, x, y, z, value)
+    x, y, z, value = operands(out, x, y, z, value, exact=True)
     return x + value * y / z
 
 
 @lowers(_aten.lerp.Scalar, _aten.lerp.Tensor)
 def _lerp(out: _Out, start: Any, end: Any, weight: Any) -> jax.Array:
-    start, end, weight = operands(out, start, end, weight)
+    start, end, weight = operands(out, start, end, weight, exact=True)
     step = end - start
     # From the nearer end, so that weight 1 gives `end` exactly.
     return jnp.where(jnp.abs(weight) < 0.5, start + weight * step, end - step * (1 - weight))

@@ -32,10 +32,11 @@ def _smooth_l1_loss(
     out: _Out, x: jax.Array, target: jax.Array, reduction: int = _MEAN, beta: float = 1.0
 ) -> jax.Array:
     x, target = operands(out, x, target)
-    distance = absolute(x - target)
+    difference = x - target
+    distance = absolute(difference)
     if beta == 0:
         return _reduce(distance, reduction)
-    curve = 0.5 * distance * distance / beta
+    curve = 0.5 * difference * difference / beta
     return _reduce(jnp.where(distance < beta, curve, distance - 0.5 * beta), reduction)
 
 
@@ -44,9 +45,10 @@ def _huber_loss(
     out: _Out, x: jax.Array, target: jax.Array, reduction: int = _MEAN, delta: float = 1.0
 ) -> jax.Array:
     x, target = operands(out, x, target)
-    distance = absolute(x - target)
-    curve = 0.5 * distance * distance
-    return _reduce(jnp.where(distance <= delta, curve, delta * (distance - 0.5 * delta)), reduction)
+    difference = x - target
+    distance = absolute(difference)
+    curve, line = 0.5 * difference * difference, delta * (distance - 0.5 * delta)
+    return _reduce(jnp.where(distance < delta, curve, line), reduction)
 
 
 @lowers(_aten.soft_margin_loss.default)
@@ -136,7 +138,7 @@ def _multi_margin_loss(
     weight: Any = None,
     reduction: int = _MEAN,
 ) -> jax.Array:
-    (x,) = operands(out, x)
+    (x,) = operands(out, jnp.atleast_1d(x))
     # A single sample comes without its axis.
     violation = margin - _picked(x, target.reshape(x.shape[:-1]), -1)[..., None] + x
     violation = jnp.where(violation > 0, violation if p == 1 else violation * violation, 0)
@@ -151,7 +153,7 @@ def _multi_margin_loss(
 def _multilabel_margin_loss(
     outs: Any, x: jax.Array, target: jax.Array, reduction: int
 ) -> tuple[jax.Array, jax.Array]:
-    (x,) = operands(outs[0], x)
+    (x,), target = operands(outs[0], jnp.atleast_1d(x)), jnp.atleast_1d(target)
     counts = jnp.cumprod(target >= 0, axis=-1).astype(bool)  # labels end at the first -1
     labels = (target[..., None] == jnp.arange(x.shape[-1])) & counts[..., None]  # ... label class
     is_target = labels.any(-2)

@@ -19,9 +19,20 @@ def working_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(jnp.float32) if dtype in _HALVES else np.dtype(dtype)
 
 
-def operands(out: jax.ShapeDtypeStruct, *values: Any) -> list[jax.Array]:
-    """Arrays and Python numbers as arrays of the dtype in which the result is computed."""
-    return [_as_array(value, working_dtype(out.dtype)) for value in values]
+def operands(out: jax.ShapeDtypeStruct, *values: Any, exact: bool = False) -> list[jax.Array]:
+    """Arrays and Python numbers as arrays of the dtype in which the result is computed.
+
+    Args:
+      out: the result.
+      values: arrays of any dtype, and numbers.
+      exact: do not round numbers to half precision first, where the result has it; torch does so
+        in some operations (`x + 0.1`) and not in others (`x * 0.1`).
+    """
+    dtype = working_dtype(out.dtype)
+    return [
+        _as_array(value, dtype if exact or isinstance(value, jax.Array) else out.dtype).astype(dtype)
+        for value in values
+    ]
 
 
 def common(*values: Any) -> list[jax.Array]:
