@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jaxmeta import ArgumentTypeError, ArgumentValueError
 
+from jaxmeta import ArgumentTypeError, ArgumentValueError
 from jaxmeta_bridge.dlpack import tensor_to_jax
 from jaxmeta_bridge.dtypes import TO_TORCH, WIDENED, x64_enabled
 from jaxmeta_bridge.interpret import check_precision, draws, interpret

@@ -42,4 +42,4 @@ WIDENED: dict[torch.dtype, torch.dtype] = {torch.int32: torch.int64}
 
 def x64_enabled() -> bool:
     """Whether JAX has 64-bit types here, by the global setting or a local scope."""
-    return bool(jax.config.jax_enable_x64)
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64

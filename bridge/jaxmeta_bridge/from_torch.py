@@ -6,9 +6,9 @@ from typing import Any, overload
 
 import jax
 import torch
-from jaxmeta import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
 from torch import nn
 
+from jaxmeta import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
 from jaxmeta_bridge import modules
 from jaxmeta_bridge.calls import Call, Compiled
 from jaxmeta_bridge.dlpack import tensor_to_jax
@@ -20,7 +20,7 @@ _TRACING = threading.RLock()
 
 
 @overload
-def from_torch(target: nn.Module) -> "ModuleFunction": ...
+def from_torch(target: nn.Module) -> "ModuleFunction": ...  # pyright: ignore[reportOverlappingOverload]
 @overload
 def from_torch(target: Callable[..., Any]) -> "TensorFunction": ...
 
@@ -31,7 +31,8 @@ def from_torch(target: nn.Module | Callable[..., Any]) -> "ModuleFunction | Tens
     The torch code is traced once per call signature (shapes, dtypes, structure and plain Python
     values of the arguments, the module's attributes such as `training`), lowered to JAX and cached.
     The result composes with `jax.jit`, `grad`, `jvp`, `vmap` and the rest, to any order. Dtypes are
-    torch's own; while JAX's x64 mode is off, int32 stands for torch's int64 and float64 is an error.
+    torch's own; while JAX's x64 mode is off, int32 stands for torch's int64, and float64 is an
+    error.
 
     Args:
       target: an `nn.Module`, or a function of tensors. A module is left as it is and may be used

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from jaxmeta_bridge.dlpack import check_tensor
 from jaxmeta_bridge.errors import ConversionError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -32,26 +34,12 @@ def check_convertible(module: nn.Module) -> None:
         ("buffer", module.named_buffers()),
     ):
         for name, tensor in tensors:
-            _check_tensor(f"{kind} '{name}'", tensor)
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-        raise ConversionError(
-            f"{name} has no shape yet (a lazy module). Call the module once on an example in torch "
-            "before from_torch."
-        )
-    if tensor.is_meta:
-        raise ConversionError(
-            f"{name} is on the meta device, which has no values. Materialise the module first: "
-            "module.to_empty(device='cpu'), then load or initialise its weights."
-        )
-    if tensor.layout is not torch.strided:
-        raise ConversionError(f"{name} is sparse ({tensor.layout}). Convert it with .to_dense().")
-    if tensor.is_quantized:
-        raise ConversionError(
-            f"{name} is quantised ({tensor.dtype}). Convert it with .dequantize()."
-        )
+            if is_lazy(tensor):
+                raise ConversionError(
+                    f"{kind} '{name}' has no shape yet (a lazy module). Call the module once on an "
+                    "example in torch before from_torch."
+                )
+            check_tensor(tensor, f"{kind} '{name}'")
 
 
 def fingerprint(module: nn.Module) -> Hashable:

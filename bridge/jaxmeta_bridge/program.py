@@ -1,4 +1,4 @@
-"""The flat program that a traced torch callable becomes: what `trace` writes and `interpret` runs."""
+"""The flat program that a traced torch callable becomes: `trace` writes it, `interpret` runs it."""
 
 import dataclasses
 from collections.abc import Callable

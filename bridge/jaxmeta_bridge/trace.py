@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jaxmeta_bridge.aten import DECOMPOSITIONS, LOWERINGS
 from jaxmeta_bridge.errors import ControlFlowError, ConversionError, UnsupportedOpError
+from jaxmeta_bridge.leaves import Leaves
 from jaxmeta_bridge.location import locate
 from jaxmeta_bridge.program import Location, Node, Program, Spec, Var
-from jaxmeta_bridge.leaves import Leaves
 
 # Queries of a tensor's metadata: they compute nothing.
 _UNDECLARED_MUTATIONS = {torch.ops.aten.native_batch_norm.default}

@@ -84,13 +84,13 @@ def _levels_in_torch(
     for level in range(order):
         differentiated = [inputs[i] for i in wrt]
         terms = [
-            (torch.as_tensor(weights) * result).real.sum()
+            (torch.as_tensor(weights) * result).real.sum().double()
             for weights, result in _projected(levels[-1], level)
             if result.requires_grad
         ]
         if terms:
             gradients: Sequence[Any] = torch.autograd.grad(
-                sum(terms), differentiated, create_graph=True, allow_unused=True
+                torch.stack(terms).sum(), differentiated, create_graph=True, allow_unused=True
             )
         else:
             gradients = [None] * len(differentiated)

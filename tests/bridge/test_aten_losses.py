@@ -31,7 +31,7 @@ def test_regression():
             yield F.smooth_l1_loss(x, y, beta=0.0, reduction=reduction)
             yield F.huber_loss(x, y, reduction=reduction)
             yield F.huber_loss(x, y, delta=0.5, reduction=reduction)
-            yield F.huber_loss(x, y, reduction=reduction, weight=y + 2)
+            yield F.huber_loss(x, y, reduction, 1.0, y + 2)  # pyright: ignore[reportCallIssue]
 
     check(lambda x, y: list(functions(x, y)), X, Y)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxmeta_bridge import from_torch
 from support import run_in_jax
+
+from jaxmeta_bridge import from_torch
 
 SIZE = 20_000
 KEY = jax.random.key(0)
@@ -17,7 +18,7 @@ KEY = jax.random.key(0)
 
 def draw(function, *tensors, seed=0):
     (values,) = run_in_jax(function, *tensors, rng=jax.random.key(seed))
-    return values
+    return np.asarray(values)
 
 
 def assert_moments(values, mean, deviation, tolerance=0.03):
@@ -53,7 +54,7 @@ CONTINUOUS = {
 def test_continuous(name):
     function, mean, deviation = CONTINUOUS[name]
     values = draw(function, torch.zeros(SIZE))
-    assert values.dtype == jnp.float32
+    assert values.dtype == np.float32
     assert_moments(values, mean, deviation)
     assert len(np.unique(values)) > SIZE / 2
 
@@ -79,7 +80,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name):
     function, mean, deviation = COUNTS[name]
-    values = np.asarray(draw(function, torch.zeros(SIZE)))
+    values = draw(function, torch.zeros(SIZE))
     assert (values == np.round(values)).all()
     assert_moments(values, mean, deviation)
 
@@ -105,10 +106,10 @@ def test_dtypes(dtype):
 
 def test_complex():
     values = draw(lambda x: torch.randn(SIZE, dtype=torch.complex64), torch.zeros(1))
-    assert_moments(values.real, 0.0, 0.5**0.5)
-    assert_moments(values.imag, 0.0, 0.5**0.5)
+    assert_moments(np.real(values), 0.0, 0.5**0.5)
+    assert_moments(np.imag(values), 0.0, 0.5**0.5)
     values = draw(lambda x: torch.rand(SIZE, dtype=torch.complex64), torch.zeros(1))
-    assert_moments(values.imag, 0.5, 12**-0.5)
+    assert_moments(np.imag(values), 0.5, 12**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +187,13 @@ def test_parameters_of_a_draw_have_zero_gradient():
 
 def test_gamma_and_dirichlet_have_pathwise_gradients():
     """The mean of a Gamma is its shape, so the gradient of the mean of draws is about one."""
-    gamma = from_torch(lambda a: torch._standard_gamma(a.expand(SIZE)).mean())
+    gamma = from_torch(lambda a: torch.ops.aten._standard_gamma(a.expand(SIZE)).mean())
     value, slope = jax.value_and_grad(lambda a: gamma(a, rng=KEY))(jnp.asarray(2.0))
     np.testing.assert_allclose(value, 2.0, atol=0.05)
     np.testing.assert_allclose(slope, 1.0, atol=0.05)
-    dirichlet = from_torch(lambda a: torch._sample_dirichlet(a.expand(SIZE, 2))[:, 0].mean())
+    dirichlet = from_torch(
+        lambda a: torch.ops.aten._sample_dirichlet(a.expand(SIZE, 2))[:, 0].mean()
+    )
     value, slope = jax.value_and_grad(lambda a: dirichlet(a, rng=KEY))(jnp.asarray([1.0, 3.0]))
     np.testing.assert_allclose(value, 0.25, atol=0.01)
     np.testing.assert_allclose(slope, [3 / 16, -1 / 16], atol=0.02)

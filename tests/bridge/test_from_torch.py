@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from jaxmeta import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
 from jaxmeta_bridge import ControlFlowError, ConversionError, UnsupportedOpError, from_torch
 from jaxmeta_bridge.from_torch import ModuleFunction
-from torch import nn
 
 KEY = jax.random.key(0)
 
@@ -70,11 +71,11 @@ def test_traced_once_per_signature_and_again_when_the_module_changes() -> None:
 
 
 def test_a_plain_attribute_that_changes_is_not_stale() -> None:
-    module = nn.Sequential(nn.LeakyReLU(0.1))
-    f = from_torch(module)
+    activation = nn.LeakyReLU(0.1)
+    f = from_torch(nn.Sequential(activation))
     x = jnp.array([-1.0])
     assert f({}, {}, x)[0][0] == pytest.approx(-0.1)
-    module[0].negative_slope = 0.5
+    activation.negative_slope = 0.5
     assert f({}, {}, x)[0][0] == pytest.approx(-0.5)
 
 
@@ -109,7 +110,7 @@ def test_batch_statistics_come_back_as_new_buffers() -> None:
     for name, expected in reference.named_buffers():
         np.testing.assert_allclose(new_buffers[name], expected, rtol=1e-6)
     np.testing.assert_array_equal(buffers["running_mean"], np.zeros(3))
-    assert module.num_batches_tracked == 0
+    assert module.state_dict()["num_batches_tracked"] == 0
     module.eval()
     outputs, unchanged = f(f.params, new_buffers, jnp.asarray(x.numpy()))
     np.testing.assert_allclose(outputs, reference.eval()(x).detach(), rtol=1e-5, atol=1e-6)
@@ -120,8 +121,8 @@ def test_buffers_assigned_or_changed_in_place() -> None:
     class Running(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("total", torch.zeros(2))
-            self.register_buffer("seen", torch.zeros(2))
+            self.total = nn.Buffer(torch.zeros(2))
+            self.seen = nn.Buffer(torch.zeros(2))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.total = self.total + x
@@ -137,13 +138,15 @@ def test_buffers_assigned_or_changed_in_place() -> None:
 
 
 def test_tied_parameters_stand_once_and_share_their_gradient() -> None:
-    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    module[1].weight = module[0].weight
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    module = nn.Sequential(first, second)
     f = from_torch(module)
     assert list(f.params) == ["0.weight"]
     gradient = jax.grad(lambda p: f(p, {}, jnp.ones((2, 3)))[0].sum())(f.params)
     module(torch.ones(2, 3)).sum().backward()
-    np.testing.assert_allclose(gradient["0.weight"], module[0].weight.grad, rtol=1e-5)
+    assert first.weight.grad is not None
+    np.testing.assert_allclose(gradient["0.weight"], first.weight.grad, rtol=1e-5)
 
 
 def test_frozen_parameters_are_known() -> None:
@@ -325,8 +328,8 @@ def test_custom_autograd_function_is_refused() -> None:
             return x.clone()
 
         @staticmethod
-        def backward(ctx: object, g: torch.Tensor) -> torch.Tensor:
-            return -g
+        def backward(ctx: object, *grad_outputs: torch.Tensor) -> torch.Tensor:
+            return -grad_outputs[0]
 
     with pytest.raises(UnsupportedOpError, match="Reverse.*custom_vjp"):
         from_torch(lambda x: Reverse.apply(x).sum())(jnp.ones(2))

@@ -104,7 +104,8 @@ def _in_range(shift: jax.Array) -> jax.Array:
 def _isclose(
     out: _Out, x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
 ) -> jax.Array:
-    return jnp.isclose(*common(x, y), rtol, atol, equal_nan)
+    x, y = common(x, y)
+    return jnp.isclose(x, y, rtol, atol, equal_nan)
 
 
 @lowers(_aten.where.self)

@@ -30,7 +30,9 @@ def operands(out: jax.ShapeDtypeStruct, *values: Any, exact: bool = False) -> li
     """
     dtype = working_dtype(out.dtype)
     return [
-        _as_array(value, dtype if exact or isinstance(value, jax.Array) else out.dtype).astype(dtype)
+        _as_array(value, dtype if exact or isinstance(value, jax.Array) else out.dtype).astype(
+            dtype
+        )
         for value in values
     ]
 

@@ -194,3 +194,13 @@ def _rrelu(
     if not training:
         return _aten.leaky_relu(x, (lower + upper) / 2)
     return torch.where(x <= 0, x * _aten.uniform(x, lower, upper), x)
+
+
+@decomposes(_aten.native_dropout.default)
+def _native_dropout(
+    x: torch.Tensor, p: float, train: bool | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if train is False or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    mask = _aten.bernoulli.p(x, 1 - p)
+    return x * mask * (0 if p == 1 else 1 / (1 - p)), mask.bool()

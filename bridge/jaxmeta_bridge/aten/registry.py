@@ -21,6 +21,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Lowering:
+    """The JAX meaning of an operation."""
+
     function: Callable[..., Any]
     draws: bool  # takes random numbers from a `key=` of its own
 

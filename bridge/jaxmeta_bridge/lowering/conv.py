@@ -29,13 +29,15 @@ def convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> jax.Array:
-    """torch's convolution: y[n, o, i] = bias[o] + sum over c, k of w[o, c, k] x[n, c, s i + d k - p].
+    """y[n, o, i] = bias[o] + sum over c and k of weight[o, c, k] x[n, c, s i + d k - p].
 
     Args:
       x: (N, C, *spatial), one to three spatial axes.
       weight: (O, C / groups, *kernel); transposed: (C, O / groups, *kernel).
       bias: (O,) or None.
-      stride, padding, dilation, output_padding: one number for each spatial axis.
+      stride: s, one number for each spatial axis.
+      padding: p, likewise.
+      dilation: d, likewise.
       transposed: compute the transpose in x of the convolution with these numbers.
       output_padding: rows added at the end of a transposed convolution's output.
       groups: how many blocks of channels do not mix.
@@ -60,7 +62,7 @@ def _transposed(
     output_padding: Sequence[int],
     groups: int,
 ) -> jax.Array:
-    """The linear transpose, in its input, of the convolution that maps the output's shape to x's."""
+    """The linear transpose, in its input, of the convolution from the output's shape to x's."""
     axes = zip(
         x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
     )

@@ -30,7 +30,10 @@ def max_pool(
 
     Args:
       x: (..., *spatial), as many spatial axes as `kernel` has entries.
-      kernel, stride, padding, dilation: one number for each spatial axis.
+      kernel: the size of a window, one number for each spatial axis.
+      stride: from window to window, likewise.
+      padding: on both sides, likewise; never chosen.
+      dilation: from element to element of a window, likewise.
       ceil_mode: round the number of windows up.
     """
     windows = _windows(x, kernel, stride, padding, dilation, ceil_mode)
@@ -51,17 +54,20 @@ def avg_pool(
 
     Args:
       x: (..., *spatial), as many spatial axes as `kernel` has entries.
-      kernel, stride, padding: one number for each spatial axis.
+      kernel: the size of a window, one number for each spatial axis.
+      stride: from window to window, likewise.
+      padding: zeros on both sides, likewise.
       ceil_mode: round the number of windows up.
       count_include_pad: count the padding as part of the window.
       divisor_override: divides instead of the window's size.
     """
     windows = _windows(x, kernel, stride, padding, [1] * len(kernel), ceil_mode)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    total = sum(tap.astype(wide) for tap in windows.taps(x, 0))
+    total = functools.reduce(jnp.add, (tap.astype(wide) for tap in windows.taps(x, 0)))
     if divisor_override is not None:
         return (total / divisor_override).astype(x.dtype)
-    return (total / _window_sizes(windows, count_include_pad)).astype(x.dtype)
+    sizes = jnp.asarray(_window_sizes(windows, count_include_pad), wide)
+    return (total / sizes).astype(x.dtype)
 
 
 def adaptive_avg_pool(x: jax.Array, output_size: Sequence[int]) -> jax.Array:
