@@ -11,4 +11,5 @@ html_theme = "sphinx_book_theme"
 html_title = "jaxmeta"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # a NamedTuple's fields are documented once, not as members as well
 exclude_patterns = ["_build"]

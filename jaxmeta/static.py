@@ -1,7 +1,7 @@
 """When two calls of meta_unroll are the same program, so that it is compiled once.
 
-Functions are compared as ``jax.jit`` compares them: by identity. What optax makes is an
-exception. ``optax.adam(1e-3)`` is a pair of new closures each time it is called, and it is
+Functions are compared as ``jax.jit`` compares them, by identity, and by the identity of what
+they close over, so that a variable bound anew is not missed. What optax makes is an exception. ``optax.adam(1e-3)`` is a pair of new closures each time it is called, and it is
 natural to write it inside the call; library code does not change while it runs, so two
 closures of the same code over the same numbers are the same program.
 """
@@ -58,7 +58,10 @@ class _Identity:
 
 def _structure(value: Any) -> Hashable:
     if isinstance(value, types.FunctionType):
-        return _closure(value) if _is_optax(value) else _Identity(value)
+        if _is_optax(value):
+            return _closure(value)
+        # The function may be the same and a variable that it closes over bound anew.
+        return ("function", _Identity(value), *map(_Identity, _cells(value)))
     if isinstance(value, types.MethodType):
         return ("method", _Identity(value.__self__), _Identity(value.__func__))
     if isinstance(value, partial):

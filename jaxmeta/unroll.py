@@ -71,9 +71,10 @@ def meta_unroll(
     ``jax.vmap`` and ``jax.jit`` apply as to any JAX function.
 
     The loop is compiled once for each ``loss_fn``, ``optimizer``, ``adjoint`` and shape of the
-    arrays. As for ``jax.jit``, ``loss_fn`` is known by its identity: what it closes over is read
-    when it is first traced, and a function that is defined anew for each call is compiled anew,
-    unless the whole is inside an outer ``jax.jit``, which is also faster.
+    arrays. As for ``jax.jit``, ``loss_fn`` is known by its identity: globals and attributes that it
+    reads are those of the time it was first traced, and a function that is defined anew for each
+    call, or a variable of an enclosing function bound anew, is compiled anew, unless the whole is
+    inside an outer ``jax.jit``, which is also faster.
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` or, where it has a third argument,

@@ -335,4 +335,4 @@ def test_shapes(shapes):
             (x.exp(), x.abs(), torch.xlogy(x, y), x.fmod(y), torch.copysign(x, y)),
         )
 
-    check(functions, x, y, jit=False)
+    check(functions, x, y)

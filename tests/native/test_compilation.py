@@ -38,6 +38,21 @@ def test_a_loss_is_traced_once_for_each_shape() -> None:
     assert loss.traces == 3
 
 
+def test_a_variable_that_the_loss_closes_over_may_be_bound_anew() -> None:
+    target, traces = 1.0, []
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        traces.append(1)
+        return (w - target * x) ** 2
+
+    optimizer = optax.sgd(0.5)  # to the minimum in one step
+    results = []
+    for target in (1.0, 1.0, 3.0):
+        results.append(float(jaxmeta.meta_unroll(loss, optimizer, 0.0, jnp.ones(1)).params))
+    assert results == [1.0, 1.0, 3.0]
+    assert len(traces) == 2
+
+
 @pytest.mark.parametrize("adjoint", [jaxmeta.ReverseMode(), jaxmeta.StepCheckpoint()])
 def test_a_loss_is_traced_once_under_eager_derivatives(adjoint: jaxmeta.Adjoint) -> None:
     loss = Counter()
