@@ -45,6 +45,10 @@ class Tasks(NamedTuple):
     query_images: Tensor  # float[task, way·query, 1, 28, 28]
     query_labels: Tensor  # int[task, way·query]
 
+    def split(self) -> list["Tasks"]:
+        """Each task on its own, without the leading axis."""
+        return [Tasks(*leaves) for leaves in zip(*self, strict=True)]
+
 
 def load_images() -> Tensor:
     """Returns float[digit, example, 28, 28], from 0 to 1; reading takes seconds."""

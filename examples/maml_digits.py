@@ -46,7 +46,7 @@ from digits import (
     load_images,
     nearest_neighbour,
 )
-from report import Accuracy, History, print_table, save_figure
+from report import EPISODES, Accuracy, History, print_table, save_figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -67,9 +67,9 @@ class Config:
     queries: int = option(15, "further images of each class to be judged on")
     channels: int = option(32, "channels of each of the four convolutions")
     inner_steps: int = option(5, "steps of gradient descent that adapt the network to a task")
-    tasks: int = option(4, "tasks in a meta-batch")
-    iterations: int = option(300, "steps of the meta-optimizer")
-    eval_tasks: int = option(400, "tasks of unseen classes in the final evaluation")
+    tasks: int = option(2, "tasks in a meta-batch")
+    iterations: int = option(400, "steps of the meta-optimizer")
+    eval_tasks: int = option(300, "tasks of unseen classes in the final evaluation")
     meta_lr: float = option(3e-3, "learning rate of the meta-optimizer at the start")
     seed: int = option(0, "decides the initial weights and which tasks are drawn")
     device: str = option("cpu", "cpu or gpu")
@@ -80,7 +80,7 @@ QUICK = {"queries": 5, "channels": 8, "inner_steps": 2, "iterations": 10, "eval_
 
 INNER_LR_CHOICES = (0.03, 0.1, 0.3, 1.0)  # tried for the network before meta-training
 LOG_LR_SPEED = 5  # the logarithms of the inner learning rates move this much faster than weights
-HELD_OUT_CHECKS = 6  # points of the learning curve on unseen classes; nothing is chosen by them
+HELD_OUT_CHECKS = 5  # points of the learning curve on unseen classes; nothing is chosen by them
 
 # ------------------------------------------------------------------------ the method
 
@@ -151,6 +151,13 @@ class Learner:
         return self.loss(tasks)[1]
 
 
+def make_learner(config: Config, device: torch.device) -> Learner:
+    torch.manual_seed(config.seed)
+    model = conv_net(config.channels, config.ways).to(device)
+    log_lrs = nn.Parameter(torch.zeros(config.inner_steps, device=device))
+    return Learner(model, log_lrs, make_meta_loss(model, config.inner_steps))
+
+
 def meta_train(
     config: Config,
     learner: Learner,
@@ -217,11 +224,8 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    torch.manual_seed(config.seed)
-    model = conv_net(config.channels, config.ways).to(device)
-    log_lrs = nn.Parameter(torch.zeros(config.inner_steps, device=device))
-    learner = Learner(model, log_lrs, make_meta_loss(model, config.inner_steps))
-
+    torch.set_num_threads(1)  # torch only draws tasks; threads of its own would disturb JAX's
+    learner = make_learner(config, device)
     images = load_images().to(device)
     shape = (config.ways, config.shots, config.queries)
     training = TaskSampler(images, TRAINING_CLASSES, shape)
@@ -254,24 +258,23 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
         # Those who interrupt want to leave: fewer of the same tasks.
         count = config.eval_tasks // 4 if stop.is_set() else config.eval_tasks
         results["after"] = test(learner.predict, count)
-        episodes = next(unseen.batches(1, config.tasks, config.seed + 1000))
-        labels = learner.predict(episodes)
+        shown = list(unseen.batches(EPISODES, config.tasks, config.seed + 1000))
+        episodes = [pair for b in shown for pair in zip(b.split(), learner.predict(b), strict=True)]
     timings["total"] = time.perf_counter() - start
 
-    torch.save({"model": model.state_dict(), "log_lrs": log_lrs.detach()}, out / "weights.pt")
+    weights = {"model": learner.model.state_dict(), "log_lrs": learner.log_lrs.detach()}
+    torch.save(weights, out / "weights.pt")
     title = f"{config.ways}-way {config.shots}-shot accuracy on unseen classes"
-    save_figure(out / "figure.png", title, history, results, episodes, labels)
-    metrics = {
-        "config": dataclasses.asdict(config),
-        "interrupted": stop.is_set(),
-        "results": {name: accuracy._asdict() for name, accuracy in results.items()},
-        "inner_lr": {"before": lr, "after": log_lrs.exp().tolist()},
-        "seconds": timings,
-        "peak_rss_mb": peak_rss_mb(),
-        "versions": versions(),
-        "history": dataclasses.asdict(history),
-    }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    save_figure(out / "figure.png", title, history, results, episodes)
+    save_metrics(
+        out / "metrics.json",
+        config=dataclasses.asdict(config),
+        interrupted=stop.is_set(),
+        results={name: accuracy._asdict() for name, accuracy in results.items()},
+        inner_lr={"before": lr, "after": learner.log_lrs.exp().tolist()},
+        seconds=timings,
+        history=dataclasses.asdict(history),
+    )
     print_table(title, results)
     print(f"\n{out}/: figure.png, metrics.json, weights.pt   {timings['total']:.0f} s")
 
@@ -279,17 +282,16 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
 # ------------------------------------------------------------------------ the command line
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+def save_metrics(path: Path, **metrics: Any) -> None:
+    """Writes JSON, adding the versions of what ran and the most memory it took."""
+    versions = {"python": platform.python_version()}
     for package in ("jaxmeta", "jax", "jaxlib", "optax", "torch", "numpy"):
-        with suppress(PackageNotFoundError):  # run from the source folder, say
-            found[package] = version(package)
-    return found
-
-
-def peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # bytes there, else KiB
+        with suppress(PackageNotFoundError):  # of a source folder that is not installed
+            versions[package] = version(package)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    metrics |= {"versions": versions, "peak_rss_mb": peak}
+    path.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 @contextmanager

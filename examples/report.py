@@ -16,6 +16,7 @@ BLUE, ORANGE, GREY = "#3366aa", "#dd7722", "#777777"
 RIGHT, WRONG = "#2a9d4a", "#d03a3a"
 EPISODES, QUERIES = 3, 4  # in the figure: tasks, and queries of each class
 TILE = 34  # pixels of an image with its margin
+LETTERS = "ABCDEFGHIJKLMNOP"  # the classes of a task
 NAMES = {
     "nearest_neighbour": "nearest neighbour on pixels",
     "before": "same network before meta-training",
@@ -65,27 +66,24 @@ def save_figure(
     title: str,
     history: History,
     results: dict[str, Accuracy],
-    tasks: Tasks,
-    predictions: Tensor,
+    episodes: list[tuple[Tasks, Tensor]],
 ) -> None:
-    """Draws the learning curves above the first few of `tasks`.
+    """Draws the learning curves above the first `EPISODES` of `episodes`.
 
     Args:
       path: of the PNG.
       title: stands above.
       history: of meta-training.
       results: by the keys of `NAMES`.
-      tasks: of unseen classes.
-      predictions: int[task, way·query], the labels given to their query sets.
+      episodes: tasks of unseen classes, and int[way·query], the labels given to their queries.
     """
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 9), layout="constrained")  # pyplot would want a display
         figure.suptitle(title, fontsize=14)
         grid = figure.add_gridspec(2, EPISODES)
         _draw_curves(figure.add_subplot(grid[0, :]), history, results)
-        for index in range(min(EPISODES, len(predictions))):
-            task = Tasks(*(leaf[index].cpu() for leaf in tasks))
-            _draw_episode(figure.add_subplot(grid[1, index]), task, predictions[index].cpu())
+        for index, (task, predicted) in enumerate(episodes[:EPISODES]):
+            _draw_episode(figure.add_subplot(grid[1, index]), task, predicted)
         figure.supxlabel(
             "Tasks of unseen classes. Top row: an image of each class to adapt to. Below: others "
             "of that class, framed green where recognized, else red with the wrong answer.",
@@ -113,7 +111,7 @@ def _draw_curves(axes: Axes, history: History, results: dict[str, Accuracy]) -> 
     _draw_points(axes, [(len(accuracy), after)], WRONG, label, marker="*", size=14)
     axes.set(xlabel="iteration", ylabel="accuracy on the query sets")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right", framealpha=1, edgecolor="none")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
 def _draw_points(
@@ -150,17 +148,21 @@ def _draw_episode(axes: Axes, task: Tasks, predicted: Tensor) -> None:
     for way in range(ways):
         left = way * TILE
         _draw_tile(axes, support[way], left, 0, "black")
-        axes.text(left + 14, -5, "ABCDEFGHIJKLMNOP"[way], ha="center", weight="bold")
+        axes.text(left + 14, -5, LETTERS[way], ha="center", weight="bold")
         for row in range(rows):
             answer = int(answers[way, row])
             top = (row + 1.3) * TILE
             _draw_tile(axes, queries[way, row], left, top, RIGHT if answer == way else WRONG)
             if answer != way:
-                letter = "ABCDEFGHIJKLMNOP"[answer]
-                axes.text(left + 26, top + 9, letter, ha="right", color=WRONG, weight="bold")
+                _draw_answer(axes, answer, left + 27, top + 1)
+
+
+def _draw_answer(axes: Axes, answer: int, right: float, top: float) -> None:
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axes.text(right, top, LETTERS[answer], color=WRONG, ha="right", va="top", bbox=paper)
 
 
 def _draw_tile(axes: Axes, image: Tensor, left: float, top: float, color: str) -> None:
     extent = (left, left + 28, top + 28, top)
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=1, extent=extent)
+    axes.imshow(image.cpu(), cmap="gray_r", vmin=0, vmax=1, extent=extent)
     axes.add_patch(Rectangle((left, top), 28, 28, fill=False, edgecolor=color, linewidth=2))

@@ -1,6 +1,7 @@
 """Torch functions that are traced in a way of their own, before torch takes them apart.
 
 Recurrent layers would be unrolled over time; they become one operation each, a `lax.scan` in JAX.
+Circular padding and indexing by an integer tensor are written with operations that can be traced.
 `Tensor.data` is not dispatched at all, so the cut that it makes in the gradient would be lost.
 Reading values (`numpy`, `tolist`) is impossible while tracing and is refused with the reason.
 """
@@ -94,6 +95,56 @@ for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
     torch.library.register_fake(f"jaxmeta_bridge::{_name}", _recurrent_shapes, lib=_LIBRARY)
 
 
+def _pad(
+    input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> torch.Tensor:
+    """Circular padding as concatenation: torch writes it into views of an empty tensor."""
+    if mode != "circular":
+        return torch.nn.functional.pad(input, list(pad), mode, value)
+    for axis, (before, after) in enumerate(zip(pad[0::2], pad[1::2], strict=True)):
+        dim = input.dim() - 1 - axis
+        size = input.shape[dim]
+        if max(before, after) > size or min(before, after) < -size:
+            raise RuntimeError(f"circular padding {(before, after)} of an axis of size {size}")
+        kept = input.narrow(dim, max(-before, 0), size - max(-before, 0) - max(-after, 0))
+        ends = kept.narrow(dim, kept.shape[dim] - max(before, 0), max(before, 0))
+        starts = kept.narrow(dim, 0, max(after, 0))
+        input = torch.cat([ends, kept, starts], dim)
+    return input
+
+
+def _getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
+    """`tensor[key]`, where torch would read an integer tensor in `key` as a Python number."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if not any(_is_scalar_index(part) for part in parts):
+        return tensor[key]
+    if not all(isinstance(part, slice) or _is_scalar_index(part) for part in parts):
+        return tensor[key]  # refused for its value; rare, and the message says what to do
+    kept = tuple(part if isinstance(part, slice) else slice(None) for part in parts)
+    indices = [None if isinstance(part, slice) else part for part in parts]
+    return torch.ops.aten.index.Tensor(tensor[kept], indices)
+
+
+def _setitem(tensor: torch.Tensor, key: Any, value: Any) -> None:
+    """`tensor[key] = value` for keys of integer tensors, likewise."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if any(_is_scalar_index(part) for part in parts) and all(
+        isinstance(part, torch.Tensor) for part in parts
+    ):
+        value = torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
+        tensor.index_put_(parts, value)
+    else:
+        tensor[key] = value
+
+
+def _is_scalar_index(part: Any) -> bool:
+    return (
+        isinstance(part, torch.Tensor)
+        and part.dim() == 0
+        and part.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+    )
+
+
 def _refuse_value(*args: Any, **kwargs: Any) -> Any:
     raise ControlFlowError(
         f"{locate({})} asks for the values of a tensor (numpy, tolist) while it is traced, when "
@@ -109,6 +160,9 @@ def _refuse_assignment(*args: Any, **kwargs: Any) -> Any:
 
 
 _LEAVES: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.pad: _pad,
+    torch.Tensor.__getitem__: _getitem,
+    torch.Tensor.__setitem__: _setitem,
     torch.lstm: _recurrent("lstm", torch.lstm),
     torch.gru: _recurrent("gru", torch.gru),
     torch.rnn_tanh: _recurrent("rnn_tanh", torch.rnn_tanh),

@@ -6,10 +6,12 @@ what is left, and operations that the table does not know are decomposed by torc
 it does. What no rule resolves is collected, so that one error names every gap.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
 import logging
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -70,7 +72,7 @@ def trace(
             _raise_if_custom_gradient(error)
             raise
     recorder.raise_if_unsupported()
-    leaves, structure = torch_tree.tree_flatten(results)
+    leaves, structure = torch_tree.tree_flatten(_with_named_tuples(results))
     outputs = tuple(recorder.read_output(leaf) for leaf in leaves)
     program = Program(
         inputs,
@@ -82,6 +84,27 @@ def trace(
         frozenset(v for v, a in zip(inputs, arguments, strict=True) if a._version > 0),
     )
     return program.without_dead_nodes()
+
+
+def _with_named_tuples(results: Any) -> Any:
+    """torch's own result types (of `max`, `sort`, ...) as named tuples, which JAX knows."""
+
+    def is_result(node: Any) -> bool:
+        return type(node).__module__ == "torch.return_types"
+
+    def convert(node: Any) -> Any:
+        if not is_result(node):
+            return node
+        members = vars(type(node)).items()
+        fields = [name for name, kind in members if isinstance(kind, types.MemberDescriptorType)]
+        return _named_tuple(type(node).__name__, tuple(fields))(*node)
+
+    return torch_tree.tree_map(convert, results, is_leaf=is_result)
+
+
+@functools.cache
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
+    return collections.namedtuple(name, fields)
 
 
 @contextlib.contextmanager

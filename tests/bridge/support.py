@@ -158,7 +158,8 @@ def _projected(results: Sequence[Any], seed: int) -> list[tuple[Any, Any]]:
 
 def _assert_close(ours: Any, torchs: Any, what: str, tolerance: float | None) -> None:
     if not isinstance(torchs, torch.Tensor):
-        assert ours == torchs, f"{what}: {ours}, torch has {torchs}"
+        number = ours.item() if isinstance(ours, jax.Array) else ours  # jit makes arrays of all
+        assert number == torchs, f"{what}: {number}, torch has {torchs}"
         return
     assert tuple(ours.shape) == tuple(torchs.shape), f"{what}: {ours.shape}, torch {torchs.shape}"
     assert ours.dtype == TO_JAX[torchs.dtype], f"{what}: {ours.dtype}, torch has {torchs.dtype}"

@@ -1,5 +1,7 @@
 """Attention: fused and with weights, masks, dropout, and the transformer layers."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ def _x(*shape: int) -> torch.Tensor:
 
 
 class _Attention(nn.Module):
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 

@@ -98,6 +98,7 @@ _MATRIX_FUNCTIONS = {
     "qr": (torch.linalg.qr, _x(2, 4, 3)),
     "qr_wide": (torch.linalg.qr, _x(3, 4)),
     "svd": (lambda a: [f.abs() for f in torch.linalg.svd(a, full_matrices=False)], _x(4, 3)),
+    "svd_full": (lambda a: [f.abs() for f in torch.linalg.svd(a)], _x(2, 4, 3)),
     "svdvals": (torch.linalg.svdvals, _x(2, 3, 4)),
     "nuclear_norm": (lambda a: torch.linalg.matrix_norm(a, "nuc"), _x(3, 4)),
     "spectral_norm": (lambda a: torch.linalg.matrix_norm(a, 2), _x(3, 4)),

@@ -146,3 +146,30 @@ def test_distributions():
 
     check(lambda x, y: list(functions(x, y)), x, y)
     check(lambda x: F.kl_div(x, f64(0.0, 1.0), reduction="batchmean"), f64(0.5, -1.0))
+
+
+def test_ctc():
+    """torch's derivative by the log-probabilities, which it takes to be normalised."""
+    targets = torch.tensor([[1, 2, 3], [1, 1, 2], [3, 3, 3]])
+    in_a_row = torch.tensor([1, 3, 3, 3, 1])
+    lengths, target_lengths = torch.tensor([6, 5, 4]), torch.tensor([3, 0, 2])
+
+    def functions(x):
+        for reduction in REDUCTIONS:
+            yield F.ctc_loss(x, targets, lengths, target_lengths, reduction=reduction)
+            yield F.ctc_loss(x, in_a_row, lengths, target_lengths, 2, reduction=reduction)
+        yield F.ctc_loss(x.log_softmax(-1), in_a_row, (6, 5, 4), (3, 0, 2), reduction="sum")
+        yield F.ctc_loss(x[:, 1], targets[1], (6,), (3,), reduction="none")
+
+    check(lambda x: list(functions(x)), randn(6, 3, 4), order=1)
+
+
+def test_ctc_of_impossible_targets():
+    """Three equal labels need two blanks between them: five steps."""
+    targets, lengths = torch.tensor([[3, 3, 3]]), torch.tensor([3])
+
+    def losses(x, zero_infinity):
+        return F.ctc_loss(x, targets, torch.tensor([4]), lengths, 0, "none", zero_infinity)
+
+    check(lambda x: losses(x, False), randn(6, 1, 4), order=0)
+    check(lambda x: losses(x, True), randn(6, 1, 4), order=1)

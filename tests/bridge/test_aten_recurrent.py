@@ -1,5 +1,7 @@
 """Recurrent layers and cells: directions, layers, projections, states, dropout, half precision."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -43,8 +45,8 @@ class _WithState(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: torch.Tensor, *states: torch.Tensor) -> object:
-        return self.layer(x, states if len(states) > 1 else states[0])
+    def forward(self, x: torch.Tensor, h: torch.Tensor, *c: torch.Tensor) -> Any:
+        return self.layer(x, (h, *c) if c else h)
 
 
 def test_initial_states():

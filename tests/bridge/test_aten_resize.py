@@ -4,10 +4,10 @@ import jax
 import pytest
 import torch
 from jax.test_util import check_grads
-from support import check, to_array
+from support import check, run_in_jax, to_array
 from torch.nn import functional as F
 
-from jaxmeta_bridge import from_torch
+from jaxmeta_bridge import UnsupportedOpError, from_torch
 
 
 def _x(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,6 +50,13 @@ def test_antialias(mode, size):
 def test_resize_where_float32_rounding_decides_the_neighbour():
     check(lambda x: F.interpolate(x, size=300), _x(1, 1, 31), order=0)
     check(lambda x: F.interpolate(x, scale_factor=3.3), _x(1, 1, 97), order=0)
+
+
+def test_interpolation_between_integers_is_refused():
+    image = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(UnsupportedOpError, match="uint8"):
+        run_in_jax(lambda x: F.interpolate(x, size=3, mode="bilinear"), image)
+    check(lambda x: F.interpolate(x, size=3), image + 3)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -110,8 +117,8 @@ def test_second_gradient_of_grid_sample():
 
 
 def test_affine_grid():
-    check(lambda theta: F.affine_grid(theta, (2, 1, 3, 4), align_corners=False), _x(2, 2, 3))
-    check(lambda theta: F.affine_grid(theta, (1, 1, 2, 2, 3), align_corners=True), _x(1, 3, 4))
+    check(lambda theta: F.affine_grid(theta, [2, 1, 3, 4], align_corners=False), _x(2, 2, 3))
+    check(lambda theta: F.affine_grid(theta, [1, 1, 2, 2, 3], align_corners=True), _x(1, 3, 4))
 
 
 def test_shuffles():

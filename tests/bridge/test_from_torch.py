@@ -436,3 +436,32 @@ def test_in_place_change_of_a_captured_tensor_is_refused_and_undone() -> None:
 def test_module_made_inside_the_callable_is_refused() -> None:
     with pytest.raises(UnsupportedOpError, match="created inside the callable"):
         from_torch(lambda x: nn.Linear(2, 2)(x))(jnp.ones(2))
+
+
+def test_named_results_of_torch_are_named_tuples_under_jit() -> None:
+    out = jax.jit(from_torch(lambda x: x.max(0)))(jnp.array([1.0, 3.0, 2.0]))
+    assert float(out.values) == 3.0 and int(out.indices) == 1
+
+
+def test_indexing_by_an_integer_tensor() -> None:
+    def function(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.clone()
+        y[i] = 0.0
+        return x[i], x[:, i], x[i, i], y
+
+    x, i = np.arange(9.0, dtype=np.float32).reshape(3, 3), 2
+    row, column, entry, zeroed = jax.jit(from_torch(function))(jnp.asarray(x), jnp.int32(i))
+    np.testing.assert_array_equal(row, x[i])
+    np.testing.assert_array_equal(column, x[:, i])
+    np.testing.assert_array_equal(entry, x[i, i])
+    np.testing.assert_array_equal(zeroed, [*x[:2], np.zeros(3)])
+
+
+@pytest.mark.parametrize("pad", [(1, 2), (2, 1, 0, 3), (-1, 2)])
+def test_circular_padding(pad: tuple[int, ...]) -> None:
+    x = torch.arange(24.0).reshape(1, 2, 3, 4)
+    expected = nn.functional.pad(x, pad if len(pad) == 4 else (*pad, 0, 0), mode="circular")
+    g = from_torch(
+        lambda x: nn.functional.pad(x, pad if len(pad) == 4 else (*pad, 0, 0), mode="circular")
+    )
+    np.testing.assert_array_equal(g(jnp.asarray(x.numpy())), expected)

@@ -171,14 +171,14 @@ _case(
     lambda: _used(nn.InstanceNorm1d(3, track_running_stats=True), 2, 3, 4).eval(),
     _x(2, 3, 4),
 )
-_case("layer_norm", lambda: nn.LayerNorm((3, 4)), _x(2, 3, 4))
+_case("layer_norm", lambda: nn.LayerNorm([3, 4]), _x(2, 3, 4))
 _case("layer_norm_no_bias", lambda: nn.LayerNorm(4, bias=False), _x(2, 3, 4))
 _case("layer_norm_plain", lambda: nn.LayerNorm(4, elementwise_affine=False), _x(2, 4))
 _case("layer_norm_constant_row", lambda: nn.LayerNorm(3, eps=0.01), torch.ones(2, 3).double())
 _case("group_norm", lambda: nn.GroupNorm(2, 4), _x(2, 4, 3))
 _case("group_norm_plain", lambda: nn.GroupNorm(1, 4, affine=False), _x(2, 4, 2, 2))
 _case("rms_norm", lambda: nn.RMSNorm(4), _x(2, 3, 4))
-_case("rms_norm_plain", lambda: nn.RMSNorm((3, 4), 0.1, elementwise_affine=False), _x(2, 3, 4))
+_case("rms_norm_plain", lambda: nn.RMSNorm([3, 4], 0.1, elementwise_affine=False), _x(2, 3, 4))
 _case("local_response_norm", lambda: nn.LocalResponseNorm(3), _x(1, 4, 3, 2))
 
 # Activations.

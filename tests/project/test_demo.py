@@ -99,7 +99,7 @@ def test_weights_load_into_the_module_and_reproduce_the_accuracy(
     sampler = example.TaskSampler(example.load_images(), example.UNSEEN_CLASSES, shape)
     correct = []
     for tasks in sampler.batches(config["eval_tasks"], config["tasks"], config["seed"] + 1000):
-        for task in (example.Tasks(*leaves) for leaves in zip(*tasks, strict=True)):
+        for task in tasks.split():
             predicted = adapted_predictions(model, weights["log_lrs"].exp(), task)
             correct.append((predicted == task.query_labels).float().mean().item())
     accuracy = sum(correct) / len(correct)

@@ -6,6 +6,7 @@ from jaxmeta_bridge.aten import (  # noqa: F401  (each fills the table)
     attention,
     comparison,
     convolution,
+    ctc,
     distances,
     elementwise,
     embedding,

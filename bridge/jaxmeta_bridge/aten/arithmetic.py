@@ -140,14 +140,22 @@ def _div(out: _Out, x: Any, y: Any) -> jax.Array:
 
 @lowers(_aten.add.Tensor, _aten.add.Scalar)
 def _add(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
-    x, y, alpha = operands(out, x, y, alpha)
-    return x + y * alpha
+    x, y = operands(out, x, _scaled(out, y, alpha))
+    return x + y
+
+
+def _scaled(out: _Out, x: Any, factor: Any, *, exact: bool = False) -> Any:
+    """`factor * x`; most factors are 1."""
+    if factor == 1:
+        return x
+    x, factor = operands(out, x, factor, exact=exact)
+    return factor * x
 
 
 @lowers(_aten.sub.Tensor, _aten.sub.Scalar)
 def _sub(out: _Out, x: Any, y: Any, alpha: Any = 1) -> jax.Array:
-    x, y, alpha = operands(out, x, y, alpha)
-    return x - y * alpha
+    x, y = operands(out, x, _scaled(out, y, alpha))
+    return x - y
 
 
 @lowers(_aten.rsub.Tensor, _aten.rsub.Scalar)
@@ -228,14 +236,14 @@ def _ldexp(out: _Out, x: jax.Array, exponent: jax.Array) -> jax.Array:
 
 @lowers(_aten.addcmul.default)
 def _addcmul(out: _Out, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
-    x, y, z, value = operands(out, x, y, z, value, exact=True)
-    return x + value * y * z
+    x, y, z = operands(out, x, y, z, exact=True)
+    return x + _scaled(out, y, value, exact=True) * z
 
 
 @lowers(_aten.addcdiv.default)
 def _addcdiv(out: _Out, x: Any, y: Any, z: Any, *, value: Any = 1) -> jax.Array:
-    x, y, z, value = operands(out, x, y, z, value, exact=True)
-    return x + value * y / z
+    x, y, z = operands(out, x, y, z, exact=True)
+    return x + _scaled(out, y, value, exact=True) / z
 
 
 @lowers(_aten.lerp.Scalar, _aten.lerp.Tensor)

@@ -115,7 +115,7 @@ def _where(out: _Out, condition: jax.Array, x: Any, y: Any) -> jax.Array:
 
 @lowers(_aten.clamp.default, _aten.clamp.Tensor)
 def _clamp(out: _Out, x: Any, lower: Any = None, upper: Any = None) -> jax.Array:
-    if lower is not None and upper is not None:
+    if isinstance(lower, jax.Array) and upper is not None:
         # Where the lower bound is not below the upper one, the upper one counts alone.
         lower, upper = operands(out, lower, upper)
         lower = jnp.where(lower < upper, lower, lax.stop_gradient(lower))
@@ -127,11 +127,15 @@ def _clamp(out: _Out, x: Any, lower: Any = None, upper: Any = None) -> jax.Array
 # By `where`: a value at its bound passes the gradient.
 @lowers(_aten.clamp_min.default, _aten.clamp_min.Tensor)
 def _clamp_min(out: _Out, x: Any, lower: Any) -> jax.Array:
-    x, lower = operands(out, x, lower)
-    return jnp.where((x < lower) | jnp.isnan(lower), lower, x)
+    x, bound = operands(out, x, lower)
+    return jnp.where((x < bound) | _is_nan(lower), bound, x)
 
 
 @lowers(_aten.clamp_max.default, _aten.clamp_max.Tensor)
 def _clamp_max(out: _Out, x: Any, upper: Any) -> jax.Array:
-    x, upper = operands(out, x, upper)
-    return jnp.where((x > upper) | jnp.isnan(upper), upper, x)
+    x, bound = operands(out, x, upper)
+    return jnp.where((x > bound) | _is_nan(upper), bound, x)
+
+
+def _is_nan(bound: Any) -> Any:
+    return jnp.isnan(bound) if isinstance(bound, jax.Array) else bound != bound

@@ -256,7 +256,13 @@ def _svd(
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     if not compute_uv:
         return None, jnp.linalg.svd(a, compute_uv=False), None
-    u, s, vh = jnp.linalg.svd(a, full_matrices=full_matrices)
+    u, s, vh = jnp.linalg.svd(a, full_matrices=False)
+    count = s.shape[-1]
+    if full_matrices and a.shape[-2] != a.shape[-1]:
+        # As in torch, the vectors that complete the basis have no derivative.
+        whole_u, _, whole_vh = jnp.linalg.svd(lax.stop_gradient(a), full_matrices=True)
+        u = jnp.concatenate([u, whole_u[..., count:]], -1)
+        vh = jnp.concatenate([vh, whole_vh[..., count:, :]], -2)
     return u, s, vh
 
 

@@ -65,11 +65,13 @@ def _affine(x: jax.Array, weight: jax.Array | None, bias: jax.Array | None) -> j
     return x if bias is None else x + _working(bias)
 
 
-def _along(axis: int, ndim: int, vector: jax.Array | None) -> jax.Array | None:
-    """The vector, shaped to broadcast along one axis."""
-    if vector is None:
-        return None
-    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+def _per_channel(vector: jax.Array, ndim: int) -> jax.Array:
+    """The vector along axis 1 of so many."""
+    return _working(vector).reshape([-1 if axis == 1 else 1 for axis in range(ndim)])
+
+
+def _channel_affine(x: jax.Array, weight: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    return _affine(x, *(None if v is None else _per_channel(v, x.ndim) for v in (weight, bias)))
 
 
 @lowers(aten.native_layer_norm.default)
@@ -103,7 +105,7 @@ def _group_norm(
     mean, variance = _statistics(grouped, [2])
     scale = lax.rsqrt(variance + eps)
     normalized = ((grouped - mean) * scale).reshape(x.shape)
-    y = _affine(normalized, _along(1, x.ndim, weight), _along(1, x.ndim, bias))
+    y = _channel_affine(normalized, weight, bias)
     return y, *lax.stop_gradient((mean[..., 0], scale[..., 0]))
 
 
@@ -115,7 +117,7 @@ def _batch_norm_training(
     axes = [axis for axis in range(x.ndim) if axis != 1]
     mean, variance = _statistics(x, axes)
     scale = lax.rsqrt(variance + eps)
-    y = _affine((x - mean) * scale, _along(1, x.ndim, weight), _along(1, x.ndim, bias))
+    y = _channel_affine((x - mean) * scale, weight, bias)
     count = math.prod(x.shape[axis] for axis in axes)
     unbiased = variance * (count / max(count - 1, 1))
     return y, *lax.stop_gradient((mean.ravel(), scale.ravel(), unbiased.ravel()))
@@ -132,11 +134,8 @@ def _batch_norm_inference(
     momentum: float,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mean, variance, weight, bias = (
-        None if vector is None else _working(_along(1, x.ndim, vector))
-        for vector in (running_mean, running_var, weight, bias)
-    )
-    y = _affine((_working(x) - mean) * lax.rsqrt(variance + eps), weight, bias)
+    mean, variance = (_per_channel(vector, x.ndim) for vector in (running_mean, running_var))
+    y = _channel_affine((_working(x) - mean) * lax.rsqrt(variance + eps), weight, bias)
     return y, jnp.zeros(out[1].shape), jnp.zeros(out[2].shape)
 
 

@@ -1,5 +1,6 @@
 """How torch prepares the operands of an elementwise operation, and derivatives given by formula."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,10 +30,11 @@ def operands(out: jax.ShapeDtypeStruct, *values: Any, exact: bool = False) -> li
         in some operations (`x + 0.1`) and not in others (`x * 0.1`).
     """
     dtype = working_dtype(out.dtype)
+    number_dtype = dtype if exact else out.dtype
     return [
-        _as_array(value, dtype if exact or isinstance(value, jax.Array) else out.dtype).astype(
-            dtype
-        )
+        jnp.asarray(value, dtype)
+        if isinstance(value, jax.Array)
+        else _as_array(value, number_dtype).astype(dtype)
         for value in values
     ]
 
@@ -43,7 +45,7 @@ def common(*values: Any) -> list[jax.Array]:
 
 
 def _as_array(value: Any, dtype: np.dtype[Any]) -> jax.Array:
-    if isinstance(value, int):  # NumPy refuses what torch wraps around: -3 as uint8
+    if isinstance(value, int):  # JAX refuses what torch wraps around: -3 as uint8
         value = np.asarray(value).astype(dtype)
     return jnp.asarray(value, dtype)
 
@@ -87,12 +89,13 @@ def with_partials(
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         result = wrapped(*primals)
-        total = jnp.zeros_like(result)
-        for partial, tangent in zip(partials, tangents, strict=True):
+        terms = [
+            partial(result, *primals) * tangent
+            for partial, tangent in zip(partials, tangents, strict=True)
             # An absent tangent must not meet an infinite partial: 0 * inf is NaN.
-            if partial is not None and not isinstance(tangent, SymbolicZero):
-                total = total + partial(result, *primals) * tangent
-        return result, total
+            if partial is not None and not isinstance(tangent, SymbolicZero)
+        ]
+        return result, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(result)
 
     wrapped.defjvp(jvp, symbolic_zeros=True)
 

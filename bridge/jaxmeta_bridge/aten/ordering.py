@@ -16,6 +16,7 @@ from jaxmeta_bridge.aten.axes import at, axes, axis
 from jaxmeta_bridge.aten.operands import with_partials, working_dtype
 from jaxmeta_bridge.aten.registry import lowers
 from jaxmeta_bridge.aten.ties import picked, shared
+from jaxmeta_bridge.errors import UnsupportedOpError
 
 _aten = torch.ops.aten
 _Out = jax.ShapeDtypeStruct
@@ -148,6 +149,11 @@ _logaddexp = with_partials(
 
 @lowers(_aten.logcumsumexp.default)
 def _logcumsumexp(out: _Out, x: jax.Array, dim: int) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        raise UnsupportedOpError(
+            f"logcumsumexp of {x.dtype}: the branch of the complex logarithm would differ from "
+            "torch's. Use x.exp().cumsum(dim).log(), which takes the principal branch."
+        )
     x = jnp.atleast_1d(x).astype(working_dtype(out.dtype))
     return jax.lax.associative_scan(_logaddexp, x, axis=axis(dim, x)).reshape(out.shape)
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxmeta_bridge.aten.operands import working_dtype
 from jaxmeta_bridge.aten.registry import lowers
+from jaxmeta_bridge.errors import UnsupportedOpError
 
 aten: Any = torch.ops.aten
 _Out = jax.ShapeDtypeStruct
@@ -134,6 +135,11 @@ def _interpolate(
         align_corners: bool,
         *scales: float | None,
     ) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UnsupportedOpError(
+                f"interpolation between entries of {x.dtype}, which torch rounds in a way of its "
+                "own. Convert to float before, or resize to the nearest."
+            )
         x = x.astype(working_dtype(x.dtype))
         for axis, step in _spatial(out, x, scales):
             size, count = x.shape[axis], out.shape[axis]

@@ -12,6 +12,7 @@ from jax.scipy import special
 
 from jaxmeta_bridge.aten.operands import operands, with_partials
 from jaxmeta_bridge.aten.registry import lowers
+from jaxmeta_bridge.errors import UnsupportedOpError
 
 _aten: Any = torch.ops.aten
 _Out = jax.ShapeDtypeStruct
@@ -116,4 +117,11 @@ def _lower_zeta(out: _Out, x: Any, q: Any) -> jax.Array:
     return _zeta(*operands(out, x, q))
 
 
-_zeta = with_partials(lax.zeta, None, lambda _, x, q: -x * _zeta(x + 1, q))
+def _no_derivative(*_: jax.Array) -> jax.Array:
+    raise UnsupportedOpError(
+        "torch.special.zeta(x, q) is differentiated by x, for which neither torch nor JAX has a "
+        "formula. Detach x."
+    )
+
+
+_zeta = with_partials(lax.zeta, _no_derivative, lambda _, x, q: -x * _zeta(x + 1, q))
