@@ -1,9 +1,10 @@
 """When two calls of meta_unroll are the same program, so that it is compiled once.
 
-Functions are compared as ``jax.jit`` compares them, by identity, and by the identity of what
-they close over, so that a variable bound anew is not missed. What optax makes is an exception. ``optax.adam(1e-3)`` is a pair of new closures each time it is called, and it is
-natural to write it inside the call; library code does not change while it runs, so two
-closures of the same code over the same numbers are the same program.
+Functions are compared as ``jax.jit`` compares them, by identity, and by the identity of what they
+close over, so that a variable bound anew is not missed. What optax makes is an exception.
+``optax.adam(1e-3)`` is a pair of new closures each time it is called, and it is natural to write
+it inside the call; library code does not change while it runs, so two closures of the same code
+over the same numbers are the same program.
 """
 
 import types

@@ -47,7 +47,7 @@ def test_a_variable_that_the_loss_closes_over_may_be_bound_anew() -> None:
 
     optimizer = optax.sgd(0.5)  # to the minimum in one step
     results = []
-    for target in (1.0, 1.0, 3.0):
+    for target in (1.0, 1.0, 3.0):  # noqa: B007 - the loss reads it
         results.append(float(jaxmeta.meta_unroll(loss, optimizer, 0.0, jnp.ones(1)).params))
     assert results == [1.0, 1.0, 3.0]
     assert len(traces) == 2
