@@ -231,7 +231,7 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
     training = TaskSampler(images, TRAINING_CLASSES, shape)
     unseen = TaskSampler(images, UNSEEN_CLASSES, shape)
     rng = torch.Generator().manual_seed(config.seed)
-    few = max(config.tasks, config.eval_tasks // 8)
+    few = max(2, config.tasks, config.eval_tasks // 8)
 
     def draw() -> Tasks:
         return training.draw(config.tasks, rng)
@@ -242,25 +242,25 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
     def check() -> Accuracy:
         return test(learner.predict, few, seed=config.seed + 2000)
 
-    with stage("compiling the adaptation", timings, expected=10), torch.no_grad():
+    with stage("compiling the adaptation", timings, "(about 10 s) ..."), torch.no_grad():
         learner.predict(draw())
-    with stage("evaluating the untrained network", timings, expected=20):
+    with stage("evaluating the untrained network", timings, "..."):
         lr = tune_inner_lr(learner, [draw() for _ in range(0, few, config.tasks)])
         results = {
             "nearest_neighbour": test(nearest_neighbour, config.eval_tasks),
             "before": test(learner.predict, config.eval_tasks),
         }
-    with stage("compiling the meta-gradient", timings, expected=30):
+    with stage("compiling the meta-gradient", timings, "(about 30 s) ..."):
         learner.loss(draw())[0].backward()
     with stage("meta-training", timings):
         history = meta_train(config, learner, draw, check, stop)
-    with stage("evaluating the meta-trained network", timings, expected=10):
+    with stage("evaluating the meta-trained network", timings, "..."):
         # Those who interrupt want to leave: fewer of the same tasks.
         count = config.eval_tasks // 4 if stop.is_set() else config.eval_tasks
         results["after"] = test(learner.predict, count)
         shown = list(unseen.batches(EPISODES, config.tasks, config.seed + 1000))
         episodes = [pair for b in shown for pair in zip(b.split(), learner.predict(b), strict=True)]
-    timings["total"] = time.perf_counter() - start
+    timings["total"] = round(time.perf_counter() - start, 2)
 
     weights = {"model": learner.model.state_dict(), "log_lrs": learner.log_lrs.detach()}
     torch.save(weights, out / "weights.pt")
@@ -295,14 +295,14 @@ def save_metrics(path: Path, **metrics: Any) -> None:
 
 
 @contextmanager
-def stage(name: str, timings: dict[str, float], expected: int | None = None) -> Iterator[None]:
-    """Times a stage; `expected`, in seconds, is said in advance of a stage that prints nothing."""
-    if expected:
-        print(f"{name} (about {expected} s) ...", end=" ", flush=True)
+def stage(name: str, timings: dict[str, float], announce: str = "") -> Iterator[None]:
+    """Times a stage; one that prints nothing by itself is announced with these words."""
+    if announce:
+        print(f"{name} {announce}", end=" ", flush=True)
     start = time.perf_counter()
     yield
     timings[name] = round(time.perf_counter() - start, 2)
-    if expected:
+    if announce:
         print(f"{timings[name]:.0f} s", flush=True)
 
 

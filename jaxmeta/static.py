@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+# An object that a loss calls may say what its behaviour depends on: the bridge's modules do.
+_KEY = "__jaxmeta_key__"
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, np.generic, np.dtype)
 
 
@@ -61,8 +63,7 @@ def _structure(value: Any) -> Hashable:
     if isinstance(value, types.FunctionType):
         if _is_optax(value):
             return _closure(value)
-        # The function may be the same and a variable that it closes over bound anew.
-        return ("function", _Identity(value), *map(_Identity, _cells(value)))
+        return _function(value, set())
     if isinstance(value, types.MethodType):
         return ("method", _Identity(value.__self__), _Identity(value.__func__))
     if isinstance(value, partial):
@@ -76,6 +77,30 @@ def _structure(value: Any) -> Hashable:
     if isinstance(value, (jax.Array, type, types.BuiltinFunctionType)):
         return _Identity(value)
     raise _NotComparable
+
+
+def _function(function: types.FunctionType, seen: set[int]) -> Hashable:
+    """The function may be the same, and a variable that it closes over bound anew."""
+    seen.add(id(function))
+    return ("function", _Identity(function), *(_variable(v, seen) for v in _read_by(function)))
+
+
+def _read_by(function: types.FunctionType) -> Iterator[Any]:
+    """What it closes over, and those globals that can tell their own changes or close over more."""
+    yield from _cells(function)
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        same_file = getattr(value, "__module__", None) == function.__module__
+        if hasattr(type(value), _KEY) or (isinstance(value, types.FunctionType) and same_file):
+            yield value
+
+
+def _variable(value: Any, seen: set[int]) -> Hashable:
+    if isinstance(value, types.FunctionType) and id(value) not in seen and not _is_optax(value):
+        return _function(value, seen)
+    if hasattr(type(value), _KEY):
+        return getattr(value, _KEY)()
+    return _Identity(value)
 
 
 def _is_optax(function: types.FunctionType) -> bool:

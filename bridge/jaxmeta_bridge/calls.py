@@ -11,8 +11,9 @@ import torch
 
 from jaxmeta import ArgumentTypeError, ArgumentValueError
 from jaxmeta_bridge.dlpack import tensor_to_jax
-from jaxmeta_bridge.dtypes import TO_TORCH, WIDENED, x64_enabled
+from jaxmeta_bridge.dtypes import TO_JAX, TO_TORCH, WIDENED, x64_enabled
 from jaxmeta_bridge.interpret import check_precision, draws, interpret
+from jaxmeta_bridge.keys import value_key
 from jaxmeta_bridge.program import Program, Spec, Var
 
 
@@ -33,9 +34,10 @@ class Call:
         traced = [isinstance(leaf, jax.Array) for leaf in leaves]
         arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
         static = tuple(
-            None if is_array else (type(leaf), leaf)
+            None if is_array else value_key(leaf)
             for leaf, is_array in zip(leaves, traced, strict=True)
         )
+        arrays = _without_weak_floats(arrays)
         specs = tuple(_spec(array) for array in arrays)
 
         def rebuild(values: Sequence[Any]) -> dict[str, Any]:
@@ -79,6 +81,20 @@ def _plain_dtype(where: str, leaf: jax.Array) -> Any:
     return leaf.dtype
 
 
+def _without_weak_floats(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Gives Python floats that JAX traces, which have no dtype of their own, that of the others.
+
+    torch takes every 0-d array for a tensor with a dtype, so they would widen float32 results.
+    """
+    weak = [jnp.issubdtype(a.dtype, jnp.floating) and a.weak_type for a in arrays]
+    if not any(weak):
+        return arrays
+    others = [a.dtype for a, is_weak in zip(arrays, weak, strict=True) if not is_weak]
+    floats = [dtype for dtype in others if jnp.issubdtype(dtype, jnp.floating)]
+    dtype = jnp.result_type(*floats) if floats else TO_JAX[torch.get_default_dtype()]
+    return [a.astype(dtype) if is_weak else a for a, is_weak in zip(arrays, weak, strict=True)]
+
+
 def _spec(array: jax.Array) -> Spec:
     dtype = TO_TORCH[np.dtype(array.dtype)]
     # Without x64, JAX has int32 where torch expects its default integer (labels, indices).
@@ -106,7 +122,8 @@ class Compiled:
             first = self._draws[0]
             raise ArgumentValueError(
                 f"rng is None, but the callable draws random numbers ({first.op}, "
-                f"{first.location}). Pass rng=jax.random.key(seed), or switch the module to eval()."
+                f"traced at {first.location}). Pass rng=jax.random.key(seed), or switch the module "
+                "to eval()."
             )
         constants = [captured.value() for captured in self._captured]
         computed = iter(self._run(arrays, constants, rng if self._draws else None))
@@ -124,7 +141,8 @@ class _Captured:
         self._value: jax.Array | None = None
 
     def value(self) -> jax.Array:
-        now = (self._tensor._version, x64_enabled())
+        version = None if self._tensor.is_inference() else self._tensor._version
+        now = (version, x64_enabled())
         if self._value is None or self._seen != now:
             with jax.ensure_compile_time_eval():  # a value to keep, not one of a running trace
                 self._value = tensor_to_jax(self._tensor, int64="int32")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 import torch
 from torch import nn
 
@@ -13,9 +14,10 @@ from jaxmeta_bridge import modules
 from jaxmeta_bridge.calls import Call, Compiled
 from jaxmeta_bridge.dlpack import tensor_to_jax
 from jaxmeta_bridge.dtypes import x64_enabled
+from jaxmeta_bridge.keys import function_key, module_key
 from jaxmeta_bridge.trace import trace
 
-# Tracing swaps a module's parameters for a moment: one trace at a time.
+# Tracing swaps a module's parameters for a moment: one trace at a time, and no look at them then.
 _TRACING = threading.RLock()
 
 
@@ -34,9 +36,14 @@ def from_torch(target: nn.Module | Callable[..., Any]) -> "ModuleFunction | Tens
     torch's own; while JAX's x64 mode is off, int32 stands for torch's int64, and float64 is an
     error.
 
+    `to_torch` and `meta_unroll` notice when the mode or attributes of a module change that their
+    function calls; a `jax.jit` of your own does not: after `eval()`, make that function anew. The
+    values of `f.params` and `f.buffers` are those of the time when they are read: inside a function
+    that is compiled, that is once, so pass them as arguments.
+
     Args:
-      target: an `nn.Module`, or a function of tensors. A module is left as it is and may be used
-        and changed in torch at the same time.
+      target: an `nn.Module`, or a function of tensors. A module is left as it is; while another
+        thread traces it, its parameters are placeholders, so do not run it in torch meanwhile.
 
     Returns:
       A `ModuleFunction` for a module, `outputs, new_buffers = f(params, buffers, *inputs)`;
@@ -71,13 +78,19 @@ def from_torch(target: nn.Module | Callable[..., Any]) -> "ModuleFunction | Tens
 class TensorFunction:
     """A torch function as a pure JAX function of its tensors; made by `from_torch`.
 
-    Tensors that the function uses without taking them as arguments are constants, read at each
-    call; one that requires grad is refused, since its gradient would be lost.
+    Tensors that the function uses without taking them as arguments are constants: read again when
+    torch says that they have changed, but fixed in what `jax.jit` compiles. One that requires grad
+    is refused, since its gradient would be lost. An argument that the function changes in place is
+    changed in the function only.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._compiled: dict[Hashable, Compiled] = {}
+
+    def __jaxmeta_key__(self) -> Hashable:
+        """What a program that calls this depends on; `meta_unroll` and `to_torch` ask for it."""
+        return function_key(self._function)
 
     def __call__(self, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
         """Calls the function on trees of JAX arrays and plain Python values.
@@ -87,8 +100,9 @@ class TensorFunction:
           rng: a JAX key; needed if the function draws random numbers.
           **kwargs: as the torch function takes them.
         """
+        _check_key(rng)
         call = Call.of(args=args, kwargs=kwargs)
-        key = (call.signature, _ambient())
+        key = (call.signature, function_key(self._function), _ambient())
         if key not in self._compiled:
 
             def function(*tensors: torch.Tensor) -> Any:
@@ -109,20 +123,28 @@ class ModuleFunction:
         self._module = module
         self._compiled: dict[Hashable, Compiled] = {}
 
+    def __jaxmeta_key__(self) -> Hashable:
+        """What a program that calls this depends on; `meta_unroll` and `to_torch` ask for it."""
+        return module_key(self._module)
+
     @property
     def params(self) -> dict[str, jax.Array]:
         """The module's present parameters by torch's names, copied; tied ones stand once."""
-        return {k: tensor_to_jax(p) for k, p in self._module.named_parameters()}
+        with _TRACING:
+            return {k: tensor_to_jax(p) for k, p in self._module.named_parameters()}
 
     @property
     def buffers(self) -> dict[str, jax.Array]:
         """The module's present buffers by torch's names, copied; int64 is int32 without x64."""
-        return {k: tensor_to_jax(b, int64="int32") for k, b in self._module.named_buffers()}
+        with _TRACING:
+            return {k: tensor_to_jax(b, int64="int32") for k, b in self._module.named_buffers()}
 
     @property
     def frozen(self) -> frozenset[str]:
         """Names of the parameters with `requires_grad=False`."""
-        return frozenset(k for k, p in self._module.named_parameters() if not p.requires_grad)
+        with _TRACING:
+            named = list(self._module.named_parameters())
+        return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
     def partition(
         self, params: Mapping[str, jax.Array]
@@ -158,12 +180,14 @@ class ModuleFunction:
         Raises:
           ArgumentKeyError, ArgumentValueError, ArgumentTypeError: wrong keys, shapes or values.
         """
-        params = _ordered("params", params, dict(self._module.named_parameters()))
-        buffers = _ordered("buffers", buffers, dict(self._module.named_buffers()))
-        call = Call.of(params=params, buffers=buffers, args=inputs, kwargs=kwargs)
-        key = (call.signature, modules.fingerprint(self._module), _ambient())
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(call)
+        _check_key(rng)
+        with _TRACING:  # while another thread traces, the module holds other tensors
+            params = _ordered("params", params, dict(self._module.named_parameters()))
+            buffers = _ordered("buffers", buffers, dict(self._module.named_buffers()))
+            call = Call.of(params=params, buffers=buffers, args=inputs, kwargs=kwargs)
+            key = (call.signature, module_key(self._module), _ambient())
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(call)
         return self._compiled[key](call.arrays, rng)
 
     def _compile(self, call: Call) -> Compiled:
@@ -175,8 +199,9 @@ class ModuleFunction:
             )
             return outputs, {name: state[name] for name in parts["buffers"]}
 
+        modules.check_without_gradient_hooks(self._module)
         names = {id(child): name for name, child in self._module.named_modules()}
-        with _TRACING, modules.unchanged(self._module):
+        with modules.unchanged(self._module):
             program = trace(function, call.specs, names)
         for name, variable in call.rebuild(program.inputs)["params"].items():
             if variable in program.changed:
@@ -204,12 +229,27 @@ def _ordered(
         )
     for name, tensor in expected.items():
         shape = getattr(given[name], "shape", None)
+        is_float = tensor.is_floating_point() or tensor.is_complex()
+        if isinstance(given[name], jax.Array) and is_float != jnp.issubdtype(
+            given[name].dtype, jnp.inexact
+        ):
+            raise ArgumentTypeError(
+                f"{argument}['{name}'] is {given[name].dtype}; the module's is {tensor.dtype}. "
+                "Give floats for floats and integers for integers."
+            )
         if shape != tuple(tensor.shape):
             raise ArgumentValueError(
                 f"{argument}['{name}'] has shape {shape}; the module's has {tuple(tensor.shape)}. "
                 "Under jax.vmap, map over the leading axis (in_axes)."
             )
     return {name: given[name] for name in expected}
+
+
+def _check_key(rng: Any) -> None:
+    if rng is not None and not isinstance(rng, jax.Array):
+        raise ArgumentTypeError(
+            f"rng is {rng!r}; expected a JAX key, such as jax.random.key(0), or None."
+        )
 
 
 def _ambient() -> Hashable:

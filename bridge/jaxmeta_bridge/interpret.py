@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import torch
 from torch.utils import _pytree as torch_tree
 
 from jaxmeta_bridge.aten import LOWERINGS
@@ -48,16 +49,33 @@ def draws(program: Program) -> list[Node]:
 
 
 def check_precision(program: Program) -> None:
-    """Refuses a program with 64-bit floats while JAX has none; it would compute in 32 bits."""
+    """Refuses a program with 64-bit floats, or numbers that need 64 bits, while JAX has none."""
     if x64_enabled():
         return
     for node in program.nodes:
-        for spec in node.specs:
-            if spec is not None and spec.dtype in NARROWED and spec.dtype.is_floating_point:
-                raise ConversionError(
-                    f"{node.op} gives {spec.dtype} ({node.location}), but JAX's x64 mode is off "
-                    "here. Call inside `with jax.enable_x64(True):`, or cast in the torch code."
-                )
+        obstacle = next((f"gives {s.dtype}" for s in node.specs if _is_wide_float(s)), None)
+        if obstacle is None and any(s and not s.dtype.is_floating_point for s in node.specs):
+            numbers = torch_tree.tree_leaves((node.args, node.kwargs))
+            obstacle = next((f"is given {n}" for n in numbers if _is_wide_int(n)), None)
+        if obstacle is not None and node.op not in _WITH_END:
+            raise ConversionError(
+                f"{node.op} {obstacle} ({node.location}), but JAX's x64 mode is off here. Call "
+                "inside `with jax.enable_x64(True):`, or change the torch code."
+            )
+
+
+# Their end may be the largest int64, for "to the end".
+_WITH_END = {op.default for op in (torch.ops.aten.slice_scatter, torch.ops.aten.slice_backward)} | {
+    torch.ops.aten.slice.Tensor
+}
+
+
+def _is_wide_float(spec: Spec | None) -> bool:
+    return spec is not None and spec.dtype in (torch.float64, torch.complex128)
+
+
+def _is_wide_int(number: Any) -> bool:
+    return isinstance(number, int) and not -(2**31) <= number < 2**31
 
 
 def _keys(rng: jax.Array | None) -> Iterator[jax.Array]:

@@ -20,6 +20,7 @@ _LIBRARY.define(
     "lstm(Tensor input, Tensor[] hx, Tensor[] weights, Tensor[] masks, bool has_biases, "
     "bool bidirectional, bool batch_first) -> (Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define("keep_gradient(Tensor value, Tensor proxy) -> Tensor")
 for _name in ("gru", "rnn_tanh", "rnn_relu"):
     _LIBRARY.define(
         f"{_name}(Tensor input, Tensor hx, Tensor[] weights, Tensor[] masks, bool has_biases, "
@@ -30,6 +31,10 @@ for _name in ("gru", "rnn_tanh", "rnn_relu"):
 class Leaves(TorchFunctionMode):
     """While active, calls of the functions below take the way described in this file."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._detached: list[torch.Tensor] = []
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -37,7 +42,49 @@ class Leaves(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return _LEAVES.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        leaf = _LEAVES.get(func, func)
+        if not _changes_in_place(func):
+            result = leaf(*args, **kwargs)
+            if leaf is torch.Tensor.detach:
+                self._detached.append(result)
+            return result
+        if any(args[0] is tensor for tensor in self._detached):
+            raise UnsupportedOpError(
+                f"{locate({})} changes a detached tensor in place, which shares memory with the "
+                "one that it was detached from. Write .detach().clone()."
+            )
+        if torch.is_grad_enabled() or not args[0].is_floating_point():
+            return leaf(*args, **kwargs)
+        return _keeping_gradient(leaf, args, kwargs)
+
+
+def _changes_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in _IN_PLACE or (
+        name.endswith("_") and not name.startswith("_") and name not in _NOT_OF_VALUES
+    )
+
+
+_IN_PLACE = frozenset(
+    ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imod__")
+)
+_NOT_OF_VALUES = frozenset(
+    ("requires_grad_", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_")
+)
+
+
+def _keeping_gradient(
+    change: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """An in-place change under `no_grad`: a new value with the derivative of the old one."""
+    target = args[0]
+    with torch.enable_grad():
+        old = target.clone()
+    result = change(*args, **kwargs)
+    with torch.enable_grad():
+        target.copy_(torch.ops.jaxmeta_bridge.keep_gradient(target, old))
+    return result
 
 
 def _recurrent(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +192,18 @@ def _is_scalar_index(part: Any) -> bool:
     )
 
 
+torch.library.register_fake(
+    "jaxmeta_bridge::keep_gradient", lambda value, proxy: value.new_empty(value.shape), lib=_LIBRARY
+)
+
+
+def _refuse_hook(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedOpError(
+        f"{locate({})} puts a hook on a gradient, which JAX would not call. Transform the gradient "
+        "in JAX, with jax.custom_vjp."
+    )
+
+
 def _refuse_value(*args: Any, **kwargs: Any) -> Any:
     raise ControlFlowError(
         f"{locate({})} asks for the values of a tensor (numpy, tolist) while it is traced, when "
@@ -169,6 +228,7 @@ _LEAVES: dict[Any, Callable[..., Any]] = {
     torch.rnn_relu: _recurrent("rnn_relu", torch.rnn_relu),
     torch.Tensor.data.__get__: torch.Tensor.detach,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _refuse_assignment,  # type: ignore[attr-defined]
+    torch.Tensor.register_hook: _refuse_hook,
     torch.Tensor.numpy: _refuse_value,
     torch.Tensor.tolist: _refuse_value,
     torch.Tensor.__array__: _refuse_value,

@@ -1,7 +1,7 @@
 """What `from_torch` needs to know of an `nn.Module`, and the guard that leaves it as it was."""
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,10 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from jaxmeta_bridge.dlpack import check_tensor
-from jaxmeta_bridge.errors import ConversionError
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_TORCH_FIELDS = ("_parameters", "_buffers", "_modules")
+from jaxmeta_bridge.errors import ConversionError, UnsupportedOpError
 
 
 def check_convertible(module: nn.Module) -> None:
@@ -42,43 +39,38 @@ def check_convertible(module: nn.Module) -> None:
             check_tensor(tensor, f"{kind} '{name}'")
 
 
-def fingerprint(module: nn.Module) -> Hashable:
-    """Changes whenever a plain attribute of any submodule does, its training flag included.
-
-    A traced program is right only for the attributes it was traced with: `train()`, a changed
-    dropout rate, a replaced child or hook must trace anew.
-    """
-    return tuple(
-        (
-            id(child),
-            tuple(child._forward_hooks),
-            tuple(child._forward_pre_hooks),
-            tuple((k, type(v), v) for k, v in vars(child).items() if _is_plain(v)),
+def check_without_gradient_hooks(module: nn.Module) -> None:
+    """Refuses hooks on gradients: in JAX they would silently not be called."""
+    hooked = [name for name, p in module.named_parameters() if p._backward_hooks]
+    hooked += [
+        name
+        for name, child in module.named_modules()
+        if child._backward_hooks or child._backward_pre_hooks
+    ]
+    if hooked:
+        raise UnsupportedOpError(
+            f"{hooked} have hooks on their gradients, which JAX would not call. Remove the hooks, "
+            "and transform the gradients in JAX."
         )
-        for child in module.modules()
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, _PLAIN)
 
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Undoes what a traced forward leaves on the module: stored activations, counters, buffers."""
-    before = [
-        (child, dict(vars(child)), [dict(getattr(child, field)) for field in _TORCH_FIELDS])
-        for child in module.modules()
-    ]
+    containers: dict[int, tuple[Any, Any]] = {}
+    for child in module.modules():
+        _remember(vars(child), containers)
     try:
         yield
     finally:
-        for child, attributes, fields in before:
-            vars(child).clear()
-            vars(child).update(attributes)
-            for field, content in zip(_TORCH_FIELDS, fields, strict=True):
-                current = getattr(child, field)
-                current.clear()
-                current.update(content)
+        for container, content in containers.values():
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _remember(container: Any, containers: dict[int, tuple[Any, Any]]) -> None:
+    """Notes the content of a list, dict or set, and of those inside it."""
+    if isinstance(container, list | dict | set) and id(container) not in containers:
+        containers[id(container)] = (container, container.copy())
+        for value in container.values() if isinstance(container, dict) else container:
+            _remember(value, containers)

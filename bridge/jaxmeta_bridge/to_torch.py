@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxmeta_bridge.autograd import Operand, Program, apply
 from jaxmeta_bridge.dlpack import check_array_dtype, check_tensor, is_wrapped
 from jaxmeta_bridge.errors import ConversionError
+from jaxmeta_bridge.keys import function_key
 
 
 def to_torch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +32,10 @@ def to_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     - Every array or number that `function` returns becomes a tensor.
 
     `function` is traced and compiled once for each structure, shapes and dtypes, as under
-    `jax.jit`, so it must be pure. `torch.autocast` has no effect on it.
+    `jax.jit`, so it must be pure; bind what must be a plain number while tracing, such as a number
+    of steps, with `functools.partial`. It is traced anew when a module whose `from_torch` it calls
+    has changed its mode or attributes, or a variable that it closes over is bound anew.
+    `torch.autocast` has no effect on it.
 
     Raises:
         ConversionError: when called, if an argument or a result is not such a value.
@@ -48,9 +52,10 @@ def to_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         bools = tuple(leaf if type(leaf) is bool else None for leaf in leaves)
-        bound = programs.get((tree, bools))
+        key = (tree, bools, function_key(function))
+        bound = programs.get(key)
         if bound is None:
-            bound = programs.setdefault((tree, bools), _bind(function, (args, kwargs), bools))
+            bound = programs.setdefault(key, _bind(function, (args, kwargs), bools))
         program, names = bound
         operands = [_operand(leaf, name) for leaf, name in zip(leaves, names, strict=True)]
         _check_devices(operands, names)

@@ -33,8 +33,8 @@ from jaxmeta_bridge.leaves import Leaves
 from jaxmeta_bridge.location import locate
 from jaxmeta_bridge.program import Location, Node, Program, Spec, Var
 
-# Queries of a tensor's metadata: they compute nothing.
 _UNDECLARED_MUTATIONS = {torch.ops.aten.native_batch_norm.default}
+# Queries of a tensor's metadata: they compute nothing.
 _METADATA = {torch.ops.prim.device.default, torch.ops.prim.layout.default}
 
 
@@ -63,13 +63,19 @@ def trace(
         with torch.enable_grad(), recorder, Leaves():
             return function(*tensors)
 
-    with _quiet(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), fake_mode:
+    with _defaults(), fake_mode:
         arguments = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
         inputs = tuple(recorder.variable(argument) for argument in arguments)
         try:
             results = torch.func.functionalize(recorded)(*arguments)
         except RuntimeError as error:
             _raise_if_custom_gradient(error)
+            if "mutating a non-functional tensor" in str(error):
+                raise UnsupportedOpError(
+                    f"{recorder.last_location} or after it, the callable changes a tensor in place "
+                    "that is neither an argument nor a registered buffer; a pure function cannot. "
+                    "Register it with register_buffer, and its new value is returned."
+                ) from error
             raise
     recorder.raise_if_unsupported()
     leaves, structure = torch_tree.tree_flatten(_with_named_tuples(results))
@@ -105,6 +111,25 @@ def _with_named_tuples(results: Any) -> Any:
 @functools.cache
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
     return collections.namedtuple(name, fields)
+
+
+@contextlib.contextmanager
+def _defaults() -> Iterator[None]:
+    """torch's modes as they are at the start, whatever they are around the call."""
+    no_autocast = torch.autocast("cpu", enabled=False)
+    with _without_fused_layers(), _quiet(), torch.inference_mode(False), no_autocast:
+        yield
+
+
+@contextlib.contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """In eval mode torch's transformer layers call kernels that are no compositions."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager
@@ -149,6 +174,10 @@ class Recorder(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             location = str(self._locate())
             raise ControlFlowError(_control_flow_message(func, location)) from error
+        except RuntimeError as error:
+            if not hasattr(error, "__notes__"):
+                error.add_note(f"from_torch was tracing {self._locate()}")
+            raise
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _METADATA:
@@ -225,6 +254,11 @@ class Recorder(TorchDispatchMode):
                 "nor a registered buffer; a pure function cannot. Register it with "
                 "register_buffer, and its new value is returned."
             )
+
+    @property
+    def last_location(self) -> str:
+        """Where the last recorded operation was called."""
+        return str(self.nodes[-1].location) if self.nodes else "at its beginning"
 
     def _locate(self) -> Location:
         return locate(self._module_names)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from support import check
@@ -278,6 +279,11 @@ def test_casts():
     check(lambda i: (i.double() / 3, i.bool(), i.byte(), i.to(torch.int8)), integers)
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_cast_of_complex_to_real():
+    check(lambda z: z.double(), torch.tensor([1 + 2j, -3j], dtype=torch.complex128))
+
+
 def test_complex_numbers():
     x, y = grid(-1.5, 0.5, 2.0)
 
@@ -343,3 +349,17 @@ def test_shapes(shapes):
         )
 
     check(functions, x, y)
+
+
+def test_given_derivatives_under_every_transformation(x64):
+    """Forward over reverse, reverse over forward, twice forward, batched and compiled."""
+
+    def function(x):
+        return (torch.hypot(x, x + 1) + x.rsqrt() + torch.logaddexp(x, -x) + x.pow(x)).sum()
+
+    x = f64(0.5, 1.0, 2.0).requires_grad_()
+    (slope,) = torch.autograd.grad(function(x), x, create_graph=True)
+    (expected,) = torch.autograd.grad(slope.sum(), x)
+    f, points = from_torch(function), jnp.asarray(x.detach().numpy())
+    for second in (jax.hessian(f), jax.jacrev(jax.jacfwd(f)), jax.jacfwd(jax.jacfwd(f))):
+        np.testing.assert_allclose(jax.jit(jax.vmap(second))(points), expected, rtol=1e-9)

@@ -2,31 +2,42 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from torch import nn
 
+import jaxmeta
 from jaxmeta import ArgumentKeyError, ArgumentTypeError, ArgumentValueError
-from jaxmeta_bridge import ControlFlowError, ConversionError, UnsupportedOpError, from_torch
+from jaxmeta_bridge import (
+    ControlFlowError,
+    ConversionError,
+    UnsupportedOpError,
+    from_torch,
+    to_torch,
+)
 from jaxmeta_bridge.from_torch import ModuleFunction
 
 KEY = jax.random.key(0)
 
 
+RUNS: list[int] = []
+
+
 class Counted(nn.Module):
-    """Counts how often its forward is run by Python."""
+    """Counts in RUNS how often its forward is run: what it writes on itself is undone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 2)
-        self.calls: list[int] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.append(1)
+        RUNS.append(1)
         return self.linear(x)
 
 
@@ -55,6 +66,7 @@ def test_params_follow_the_module_and_are_copies() -> None:
 
 
 def test_traced_once_per_signature_and_again_when_the_module_changes() -> None:
+    RUNS.clear()
     module = Counted()
     f = from_torch(module)
     params, buffers = f.params, f.buffers
@@ -62,12 +74,12 @@ def test_traced_once_per_signature_and_again_when_the_module_changes() -> None:
         f(params, buffers, jnp.ones((4, 3)))
         jax.jit(f)(params, buffers, jnp.zeros((4, 3)))
         jax.grad(lambda p: f(p, buffers, jnp.ones((4, 3)))[0].sum())(params)
-    assert len(module.calls) == 1
+    assert len(RUNS) == 1
     f(params, buffers, jnp.ones((5, 3)))
-    assert len(module.calls) == 2
+    assert len(RUNS) == 2
     module.eval()
     f(params, buffers, jnp.ones((5, 3)))
-    assert len(module.calls) == 3
+    assert len(RUNS) == 3
 
 
 def test_a_plain_attribute_that_changes_is_not_stale() -> None:
@@ -85,10 +97,14 @@ def test_forward_leaves_nothing_behind() -> None:
             super().__init__()
             self.count = 0
             self.last: torch.Tensor | None = None
+            self.log: list[torch.Tensor] = []
+            self.stored: dict[str, list[torch.Tensor]] = {"x": []}
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.count += 1
             self.last = x * 2
+            self.log.append(x)
+            self.stored["x"].append(x)
             self.register_buffer("cache", x + 1)
             return self.last
 
@@ -96,6 +112,7 @@ def test_forward_leaves_nothing_behind() -> None:
     f = from_torch(module)
     np.testing.assert_array_equal(f({}, {}, jnp.ones(2))[0], [2.0, 2.0])
     assert module.count == 0 and module.last is None and dict(module.named_buffers()) == {}
+    assert module.log == [] and module.stored == {"x": []}
 
 
 def test_batch_statistics_come_back_as_new_buffers() -> None:
@@ -465,3 +482,155 @@ def test_circular_padding(pad: tuple[int, ...]) -> None:
         lambda x: nn.functional.pad(x, pad if len(pad) == 4 else (*pad, 0, 0), mode="circular")
     )
     np.testing.assert_array_equal(g(jnp.asarray(x.numpy())), expected)
+
+
+def test_in_place_changes_under_no_grad_keep_the_gradient() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 3
+        with torch.no_grad():
+            y.mul_(2)
+            y[0] = 0.0
+            y.clamp_(max=7.0)
+        return (y * torch.tensor([1.0, 2.0, 3.0])).sum()
+
+    x = torch.tensor([1.0, 1.0, 2.0], requires_grad=True)
+    expected = function(x)
+    expected.backward()
+    value, gradient = jax.value_and_grad(from_torch(function))(jnp.array([1.0, 1.0, 2.0]))
+    assert float(value) == expected.item()
+    np.testing.assert_array_equal(gradient, x.grad)
+
+
+def test_in_place_change_of_a_detached_tensor_is_refused() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 3
+        y.detach().mul_(2)
+        return y
+
+    with pytest.raises(UnsupportedOpError, match="detached tensor in place"):
+        from_torch(function)(jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "change", "expected"),
+    [
+        ([2.0], lambda m: m.a.__setitem__(0, 5.0), 5.0),
+        ({"k": 2.0}, lambda m: m.a.__setitem__(0, 5.0), 5.0),
+        (torch.tensor(2.0), lambda m: setattr(m, "a", torch.tensor(5.0)), 5.0),
+        (lambda: 2.0, lambda m: setattr(m, "a", lambda: 5.0), 5.0),
+        (0.0, lambda m: setattr(m, "a", -0.0), -1.0),
+    ],
+)
+def test_no_kind_of_attribute_is_stale(attribute: Any, change: Any, expected: float) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = attribute
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if isinstance(self.a, float):
+                return torch.copysign(x, torch.tensor(self.a))
+            if isinstance(self.a, torch.Tensor):
+                return x * self.a
+            return x * (
+                self.a()
+                if callable(self.a)
+                else self.a[0 if 0 in self.a else "k"]
+                if isinstance(self.a, dict)
+                else self.a[0]
+            )
+
+    module = Scaled()
+    f = from_torch(module)
+    f({}, {}, jnp.float32(1.0))
+    change(module)
+    assert float(f({}, {}, jnp.float32(1.0))[0]) == expected
+
+
+def test_children_that_are_replaced_or_tied_anew_are_not_stale() -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Tanh())
+    f = from_torch(module)
+    params = {"0.weight": jnp.eye(2), "1.weight": 2 * jnp.eye(2)}
+    f(params, {}, jnp.ones(2))
+    for activation in (nn.LogSigmoid, nn.Sigmoid, nn.ReLU):
+        module[2] = activation()
+        expected = module[2](torch.full((2,), 2.0))
+        np.testing.assert_allclose(f(params, {}, jnp.ones(2))[0], expected, rtol=1e-6)
+    module[1].weight = module[0].weight
+    assert float(f({"0.weight": 3 * jnp.eye(2)}, {}, jnp.ones(2))[0][0]) == 9.0
+
+
+def test_modules_in_a_closure_are_followed() -> None:
+    dropout = nn.Dropout(0.5).eval()
+    g = from_torch(lambda x: dropout(x))
+    np.testing.assert_array_equal(g(jnp.ones(64)), np.ones(64))
+    dropout.train()
+    assert float(jnp.min(g(jnp.ones(64), rng=KEY))) == 0.0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.clamp(max=2**40), lambda x: x < 2**40, lambda x: x * 3_000_000_000 % 7],
+)
+def test_integers_that_need_64_bits_are_refused_without_x64(function: Any) -> None:
+    x = torch.tensor([-1, 0, 5])
+    with pytest.raises(ConversionError, match="x64 mode is off"):
+        from_torch(function)(jnp.asarray(x.numpy(), jnp.int32))
+    with jax.enable_x64(True):
+        result = from_torch(function)(jnp.asarray(x.numpy()))
+    np.testing.assert_array_equal(result, function(x))
+
+
+def test_hooks_on_gradients_are_refused() -> None:
+    module = nn.Linear(2, 1)
+    module.weight.register_hook(lambda g: 10 * g)
+    f = from_torch(module)
+    with pytest.raises(UnsupportedOpError, match=r"\['weight'\] have hooks"):
+        f(f.params, {}, jnp.ones(2))
+
+
+def test_python_numbers_do_not_widen_results_inside_to_torch() -> None:
+    g = from_torch(lambda x, s: x.sum() * s)
+    double = to_torch(lambda x, s: g(x, s))
+    assert double(torch.ones(2), 0.5).dtype == torch.float32
+    assert double(torch.ones(2, dtype=torch.float64), 0.1).item() == 0.2
+
+
+def test_masked_transformer_encoder_in_eval_mode() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    module = nn.TransformerEncoder(layer, 1).eval()
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    f = from_torch(module)
+    outputs, _ = f(f.params, {}, jnp.asarray(x), src_key_padding_mask=jnp.asarray(mask))
+    keep = ~mask.numpy()
+    expected = module(x, src_key_padding_mask=mask).detach().numpy()
+    np.testing.assert_allclose(np.asarray(outputs)[keep], expected[keep], rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_kind_of_dtype(linear: ModuleFunction) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"params\['bias'\] is int32; the module's"):
+        linear(linear.params | {"bias": jnp.ones(2, jnp.int32)}, {}, jnp.ones(3))
+
+
+def test_eval_is_followed_by_to_torch_and_meta_unroll() -> None:
+    norm = nn.BatchNorm1d(2, affine=False)
+    f = from_torch(norm)
+    buffers = f.buffers
+    through_torch = to_torch(lambda x: f({}, buffers, x)[0])
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return (f({}, buffers, x)[0] * w).sum()
+
+    def after_a_step() -> float:
+        x = jnp.array([[1.0, 2.0], [5.0, 8.0]])
+        out = jaxmeta.meta_unroll(loss, optimizer, jnp.ones(()), batch=x, num_steps=1)
+        return float(out.params)
+
+    optimizer = optax.sgd(1.0)
+    x = torch.tensor([[1.0, 2.0], [5.0, 8.0]])
+    in_training = through_torch(x), after_a_step()
+    norm.eval()
+    torch.testing.assert_close(through_torch(x), norm(x))
+    assert not torch.equal(through_torch(x), in_training[0])
+    np.testing.assert_allclose(after_a_step(), 1.0 - norm(x).sum().item(), rtol=1e-5)
+    assert in_training[1] == pytest.approx(1.0, abs=1e-4)

@@ -53,6 +53,21 @@ def test_a_variable_that_the_loss_closes_over_may_be_bound_anew() -> None:
     assert len(traces) == 2
 
 
+def test_variables_of_inner_functions_may_be_bound_anew() -> None:
+    scale = 1.0
+
+    def inner(w: jax.Array) -> jax.Array:
+        return scale * w
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return inner(w) * x
+
+    before = jaxmeta.meta_unroll(loss, optax.sgd(1.0), 0.0, jnp.ones(1)).params
+    scale = 5.0
+    after = jaxmeta.meta_unroll(loss, optax.sgd(1.0), 0.0, jnp.ones(1)).params
+    assert (float(before), float(after)) == (-1.0, -5.0)
+
+
 @pytest.mark.parametrize("adjoint", [jaxmeta.ReverseMode(), jaxmeta.StepCheckpoint()])
 def test_a_loss_is_traced_once_under_eager_derivatives(adjoint: jaxmeta.Adjoint) -> None:
     loss = Counter()

@@ -58,8 +58,9 @@ def _eye(out: _Out, *args: Any) -> jax.Array:
 
 @lowers(_aten._to_copy.default, _aten.lift_fresh.default)
 def _to_copy(out: _Out, x: jax.Array) -> jax.Array:
-    discards_imag = jnp.iscomplexobj(x) and not jnp.issubdtype(out.dtype, jnp.complexfloating)
-    return jnp.real(x) if discards_imag else x
+    # The interpreter casts, but JAX refuses to drop an imaginary part, as torch does.
+    real = jnp.iscomplexobj(x) and not jnp.issubdtype(out.dtype, jnp.complexfloating)
+    return jnp.real(x) if real else x
 
 
 def _from_torch(op: Any) -> Callable[..., jax.Array]:
