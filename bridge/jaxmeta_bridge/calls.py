@@ -137,7 +137,7 @@ class _Captured:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        self._seen: tuple[int, bool] | None = None
+        self._seen: tuple[int | None, bool] | None = None
         self._value: jax.Array | None = None
 
     def value(self) -> jax.Array:

@@ -53,11 +53,14 @@ def check_precision(program: Program) -> None:
     if x64_enabled():
         return
     for node in program.nodes:
-        obstacle = next((f"gives {s.dtype}" for s in node.specs if _is_wide_float(s)), None)
-        if obstacle is None and any(s and not s.dtype.is_floating_point for s in node.specs):
+        specs = [spec for spec in node.specs if spec is not None]
+        wide = (s.dtype for s in specs if s.dtype in (torch.float64, torch.complex128))
+        obstacle = next((f"gives {dtype}" for dtype in wide), None)
+        whole = not all(s.dtype.is_floating_point for s in specs)
+        if obstacle is None and whole and node.op not in _WITH_END:
             numbers = torch_tree.tree_leaves((node.args, node.kwargs))
             obstacle = next((f"is given {n}" for n in numbers if _is_wide_int(n)), None)
-        if obstacle is not None and node.op not in _WITH_END:
+        if obstacle is not None:
             raise ConversionError(
                 f"{node.op} {obstacle} ({node.location}), but JAX's x64 mode is off here. Call "
                 "inside `with jax.enable_x64(True):`, or change the torch code."
@@ -65,13 +68,7 @@ def check_precision(program: Program) -> None:
 
 
 # Their end may be the largest int64, for "to the end".
-_WITH_END = {op.default for op in (torch.ops.aten.slice_scatter, torch.ops.aten.slice_backward)} | {
-    torch.ops.aten.slice.Tensor
-}
-
-
-def _is_wide_float(spec: Spec | None) -> bool:
-    return spec is not None and spec.dtype in (torch.float64, torch.complex128)
+_WITH_END = {torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default}
 
 
 def _is_wide_int(number: Any) -> bool:

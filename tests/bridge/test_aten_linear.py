@@ -104,7 +104,7 @@ _MATRIX_FUNCTIONS = {
     "spectral_norm": (lambda a: torch.linalg.matrix_norm(a, 2), _x(3, 4)),
     "eigh": (lambda a: [f.abs() for f in torch.linalg.eigh(a, "U")], _x(2, 3, 3)),
     "eigvalsh": (torch.linalg.eigvalsh, _x(3, 3)),
-    "matrix_exp": (torch.linalg.matrix_exp, _x(2, 3, 3)),
+    "matrix_exp": (torch.linalg.matrix_exp, _x(2, 2)),
     "matrix_power": (lambda a: torch.linalg.matrix_power(a, 3), _x(3, 3)),
     "householder_product": (torch.linalg.householder_product, _x(4, 3), _x(2)),
     "no_rows": (lambda a: (torch.linalg.det(a), torch.linalg.inv(a)), _x(0, 0)),

@@ -50,8 +50,8 @@ class _WithState(nn.Module):
 
 
 def test_initial_states():
-    check_module(lambda: _WithState(nn.LSTM(2, 3)), _x(4, 2, 2), _x(1, 2, 3), _x(1, 2, 3))
-    check_module(lambda: _WithState(nn.GRU(2, 3, 2)), _x(4, 2, 2), _x(2, 2, 3))
+    check_module(lambda: _WithState(nn.LSTM(2, 3)), _x(4, 2, 2), _x(1, 2, 3), _x(1, 2, 3), order=1)
+    check_module(lambda: _WithState(nn.GRU(2, 3, 2)), _x(4, 2, 2), _x(2, 2, 3), order=1)
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -63,7 +63,7 @@ def test_interpolation_between_integers_is_refused():
 def test_pad(mode):
     for shape in _IMAGES.values():
         width = (1, 2, 0, 1, 1, 1)[: 2 * (len(shape) - 2)]
-        check(lambda x, width=width: F.pad(x, width, mode=mode) ** 2, _x(*shape))
+        check(lambda x, width=width: F.pad(x, width, mode=mode) ** 2, _x(*shape), order=1)
     check(lambda x: F.pad(x, (2, 1), mode=mode), _x(2, 5), order=1)
 
 
@@ -88,9 +88,19 @@ def test_unfold_and_fold():
 # Sampling. Torch has no second derivative of it.
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
-@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+@pytest.mark.parametrize(
+    ("mode", "padding", "align_corners"),
+    [
+        ("bilinear", "zeros", True),
+        ("bilinear", "border", False),
+        ("bilinear", "reflection", True),
+        ("bilinear", "reflection", False),
+        ("nearest", "zeros", False),
+        ("nearest", "reflection", True),
+        ("bicubic", "zeros", False),
+        ("bicubic", "reflection", True),
+    ],
+)
 def test_grid_sample(mode, padding, align_corners):
     def sample(x, grid):
         return F.grid_sample(x, grid, mode, padding, align_corners)
@@ -110,7 +120,7 @@ def test_grid_sample_at_the_corners_of_the_image(padding):
 
 
 def test_second_gradient_of_grid_sample():
-    sample = from_torch(lambda x, g: F.grid_sample(x, g, "bicubic", "border", False))
+    sample = jax.jit(from_torch(lambda x, g: F.grid_sample(x, g, "bilinear", "border", False)))
     with jax.enable_x64(True):
         inputs = (to_array(_x(1, 1, 3, 4)), to_array(0.5 * _x(1, 2, 2, 2)))
         check_grads(sample, inputs, order=2, modes=["rev"], eps=1e-5, rtol=1e-3)

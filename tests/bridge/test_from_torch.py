@@ -528,17 +528,12 @@ def test_no_kind_of_attribute_is_stale(attribute: Any, change: Any, expected: fl
             self.a = attribute
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if isinstance(self.a, float):
-                return torch.copysign(x, torch.tensor(self.a))
-            if isinstance(self.a, torch.Tensor):
-                return x * self.a
-            return x * (
-                self.a()
-                if callable(self.a)
-                else self.a[0 if 0 in self.a else "k"]
-                if isinstance(self.a, dict)
-                else self.a[0]
-            )
+            a: Any = self.a
+            if isinstance(a, float):
+                return torch.copysign(x, torch.tensor(a))
+            if isinstance(a, list | dict):
+                a = a[0 if 0 in a or isinstance(a, list) else "k"]
+            return x * (a() if callable(a) else a)
 
     module = Scaled()
     f = from_torch(module)
