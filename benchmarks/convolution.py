@@ -89,7 +89,7 @@ def network(conv: Callable[..., Any], pool: Callable[..., Any], np_: Any) -> Blo
     return apply
 
 
-def in_jax(apply: Block, over_tasks: str) -> Callable[..., Any]:
+def in_jax(apply: Block, over_tasks: str) -> Any:
     def loss(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         images, labels = batch
         scores = apply(params, images)

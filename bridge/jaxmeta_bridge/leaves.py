@@ -6,6 +6,7 @@ Circular padding and indexing by an integer tensor are written with operations t
 Reading values (`numpy`, `tolist`) is impossible while tracing and is refused with the reason.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,12 +21,13 @@ _LIBRARY.define(
     "lstm(Tensor input, Tensor[] hx, Tensor[] weights, Tensor[] masks, bool has_biases, "
     "bool bidirectional, bool batch_first) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define("keep_gradient(Tensor value, Tensor proxy) -> Tensor")
 for _name in ("gru", "rnn_tanh", "rnn_relu"):
     _LIBRARY.define(
         f"{_name}(Tensor input, Tensor hx, Tensor[] weights, Tensor[] masks, bool has_biases, "
         "bool bidirectional, bool batch_first) -> (Tensor, Tensor)"
     )
+# `value`, differentiated as if it were `proxy`.
+_LIBRARY.define("with_derivative_of(Tensor value, Tensor proxy) -> Tensor")
 
 
 class Leaves(TorchFunctionMode):
@@ -44,7 +46,7 @@ class Leaves(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         leaf = _LEAVES.get(func, func)
-        if not _changes_in_place(func):
+        if not (args and isinstance(args[0], torch.Tensor) and _changes_in_place(func)):
             result = leaf(*args, **kwargs)
             if leaf is torch.Tensor.detach:
                 self._detached.append(result)
@@ -54,9 +56,14 @@ class Leaves(TorchFunctionMode):
                 f"{locate({})} changes a detached tensor in place, which shares memory with the "
                 "one that it was detached from. Write .detach().clone()."
             )
-        if torch.is_grad_enabled() or not args[0].is_floating_point():
+        if func is not torch.Tensor.__setitem__ or torch.is_grad_enabled():
             return leaf(*args, **kwargs)
-        return _keeping_gradient(leaf, args, kwargs)
+        with torch.enable_grad():  # an entry changed under no_grad keeps the derivative it had
+            target, old = args[0], args[0].clone()
+            leaf(*args, **kwargs)
+            if target.is_floating_point():
+                target.copy_(torch.ops.jaxmeta_bridge.with_derivative_of(target, old))
+        return None
 
 
 def _changes_in_place(func: Callable[..., Any]) -> bool:
@@ -72,19 +79,6 @@ _IN_PLACE = frozenset(
 _NOT_OF_VALUES = frozenset(
     ("requires_grad_", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_")
 )
-
-
-def _keeping_gradient(
-    change: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """An in-place change under `no_grad`: a new value with the derivative of the old one."""
-    target = args[0]
-    with torch.enable_grad():
-        old = target.clone()
-    result = change(*args, **kwargs)
-    with torch.enable_grad():
-        target.copy_(torch.ops.jaxmeta_bridge.keep_gradient(target, old))
-    return result
 
 
 def _recurrent(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,16 +186,36 @@ def _is_scalar_index(part: Any) -> bool:
     )
 
 
-torch.library.register_fake(
-    "jaxmeta_bridge::keep_gradient", lambda value, proxy: value.new_empty(value.shape), lib=_LIBRARY
-)
-
-
 def _refuse_hook(*args: Any, **kwargs: Any) -> Any:
     raise UnsupportedOpError(
         f"{locate({})} puts a hook on a gradient, which JAX would not call. Transform the gradient "
         "in JAX, with jax.custom_vjp."
     )
+
+
+@torch.library.register_fake("jaxmeta_bridge::with_derivative_of", lib=_LIBRARY)
+def _with_derivative_of_shape(value: torch.Tensor, proxy: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+def _gaussian_nll_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    var: torch.Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """torch's own asks whether a variance is negative; here that is clamped as small ones are."""
+    if not isinstance(var, torch.Tensor):
+        var = var * torch.ones_like(input)
+    elif var.shape != input.shape and var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    var = var + (var.clamp(min=eps) - var).detach()  # the clamp is no part of torch's gradient
+    loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
 def _refuse_value(*args: Any, **kwargs: Any) -> Any:
@@ -226,6 +240,7 @@ _LEAVES: dict[Any, Callable[..., Any]] = {
     torch.gru: _recurrent("gru", torch.gru),
     torch.rnn_tanh: _recurrent("rnn_tanh", torch.rnn_tanh),
     torch.rnn_relu: _recurrent("rnn_relu", torch.rnn_relu),
+    torch.nn.functional.gaussian_nll_loss: _gaussian_nll_loss,
     torch.Tensor.data.__get__: torch.Tensor.detach,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _refuse_assignment,  # type: ignore[attr-defined]
     torch.Tensor.register_hook: _refuse_hook,

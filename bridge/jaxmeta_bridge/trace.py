@@ -1,16 +1,17 @@
 """Traces a torch callable into a `Program` of functional aten operations, without computing.
 
-Fake tensors (shapes and dtypes, no values) run through the callable. `torch.func.functionalize`
-turns in-place operations and views into pure ones, a `TorchDispatchMode` below autograd records
-what is left, and operations that the table does not know are decomposed by torch's own rules until
-it does. What no rule resolves is collected, so that one error names every gap.
+Fake tensors (shapes and dtypes, no values) run through the callable. torch's functionalisation
+turns in-place operations and views into pure ones, also those inside of torch's own C++; below it
+`Recorder`, a mode for fake tensors, writes down what is left. Operations that the table does not
+know are decomposed by torch's own rules until it does. What no rule resolves is collected, so that
+one error names every gap.
 """
 
 import collections
 import contextlib
 import functools
 import itertools
-import logging
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,17 +24,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.utils import _pytree as torch_tree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jaxmeta_bridge.aten import DECOMPOSITIONS, LOWERINGS
 from jaxmeta_bridge.errors import ControlFlowError, ConversionError, UnsupportedOpError
 from jaxmeta_bridge.leaves import Leaves
 from jaxmeta_bridge.location import locate
 from jaxmeta_bridge.program import Location, Node, Program, Spec, Var
+from jaxmeta_bridge.settings import tracing_settings
 
-_UNDECLARED_MUTATIONS = {torch.ops.aten.native_batch_norm.default}
 # Queries of a tensor's metadata: they compute nothing.
 _METADATA = {torch.ops.prim.device.default, torch.ops.prim.layout.default}
 
@@ -56,29 +56,18 @@ def trace(
       ConversionError: the callable uses a tensor that needs gradients but is no argument of it.
     """
     recorder = Recorder(module_names or {})
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def recorded(*tensors: torch.Tensor) -> Any:
-        # Whatever the caller's grad mode, what is traced must be differentiable.
-        with torch.enable_grad(), recorder, Leaves():
-            return function(*tensors)
-
-    with _defaults(), fake_mode:
-        arguments = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+    with tracing_settings():
+        with recorder.paused():
+            arguments = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
         inputs = tuple(recorder.variable(argument) for argument in arguments)
-        try:
-            results = torch.func.functionalize(recorded)(*arguments)
-        except RuntimeError as error:
-            _raise_if_custom_gradient(error)
-            if "mutating a non-functional tensor" in str(error):
-                raise UnsupportedOpError(
-                    f"{recorder.last_location} or after it, the callable changes a tensor in place "
-                    "that is neither an argument nor a registered buffer; a pure function cannot. "
-                    "Register it with register_buffer, and its new value is returned."
-                ) from error
-            raise
+        with recorder, _Functional(recorder):
+            functional = [FunctionalTensor.to_functional(argument) for argument in arguments]
+            with Leaves():
+                results = function(*functional)
+            leaves, structure = torch_tree.tree_flatten(_with_named_tuples(results))
+            leaves = [_present(leaf) for leaf in leaves]
+            finals = [_present(argument) for argument in functional]
     recorder.raise_if_unsupported()
-    leaves, structure = torch_tree.tree_flatten(_with_named_tuples(results))
     outputs = tuple(recorder.read_output(leaf) for leaf in leaves)
     program = Program(
         inputs,
@@ -86,8 +75,7 @@ def trace(
         tuple(recorder.nodes),
         outputs,
         functools.partial(torch_tree.tree_unflatten, treespec=structure),
-        # functionalize writes the final value of a changed argument back into it.
-        frozenset(v for v, a in zip(inputs, arguments, strict=True) if a._version > 0),
+        frozenset(v for v, t in zip(inputs, finals, strict=True) if recorder.variable(t) != v),
     )
     return program.without_dead_nodes()
 
@@ -113,41 +101,60 @@ def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
     return collections.namedtuple(name, fields)
 
 
-@contextlib.contextmanager
-def _defaults() -> Iterator[None]:
-    """torch's modes as they are at the start, whatever they are around the call."""
-    no_autocast = torch.autocast("cpu", enabled=False)
-    with _without_fused_layers(), _quiet(), torch.inference_mode(False), no_autocast:
-        yield
+def _present(value: Any) -> Any:
+    """The present value of a functional tensor, as the recorder knows it."""
+    if not isinstance(value, FunctionalTensor):
+        return value
+    private: Any = torch
+    private._sync(value)
+    return private._from_functional_tensor(value.elem)
 
 
-@contextlib.contextmanager
-def _without_fused_layers() -> Iterator[None]:
-    """In eval mode torch's transformer layers call kernels that are no compositions."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+class _Functional(FunctionalTensorMode):
+    """Turns in-place operations and views into pure ones."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._linalg_check_errors.default:
+            return None  # has no result, and whether it raises depends on values
+        if not _writes_first(func):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if not isinstance(args[0], FunctionalTensor):
+            self._recorder.refuse_change_of_captured(func)
+        if torch.is_grad_enabled() or not args[0].is_floating_point():
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if args[0]._is_view():
+            self._recorder.refuse_change_of_view(func)
+        # Autograd does not notice a change under no_grad: the derivative stays what it was.
+        with self, torch.enable_grad():
+            before = args[0].clone()
+        results = super().__torch_dispatch__(func, types, args, kwargs)
+        with self, torch.enable_grad():
+            args[0].copy_(torch.ops.jaxmeta_bridge.with_derivative_of(args[0], before))
+        return results
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch logs a page about each error that user code raises on fake tensors, then raises it."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = disabled
+def _writes_first(func: Any) -> bool:
+    """Whether it is an in-place operation."""
+    arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else []
+    return bool(arguments and arguments[0].alias_info and arguments[0].alias_info.is_write)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(FakeTensorMode):
     """Writes down every operation that reaches it, with variables in place of tensors."""
 
     def __init__(self, module_names: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__(allow_non_fake_inputs=True)
+        self._computing = False  # shapes, in operations that are no part of the program
         self.nodes: list[Node] = []
         self.constants: dict[Var, torch.Tensor] = {}
         self._module_names = module_names
@@ -162,15 +169,17 @@ class Recorder(TorchDispatchMode):
             return self._assign(tensor)
         return self._variables[id(tensor)][0]
 
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if self._computing or func in _METADATA:
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
         try:
-            return self._dispatch(func, args, kwargs or {})
+            return self._record_or_decompose(func, args, kwargs or {})
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             location = str(self._locate())
             raise ControlFlowError(_control_flow_message(func, location)) from error
@@ -179,17 +188,19 @@ class Recorder(TorchDispatchMode):
                 error.add_note(f"from_torch was tracing {self._locate()}")
             raise
 
-    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _METADATA:
-            return func(*args, **kwargs)
-        if func._schema.is_mutable:
-            self._refuse_change_of_captured(func, args)
-        if func in _UNDECLARED_MUTATIONS:
-            return self._record_batch_norm(args)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Computes fake tensors without recording."""
+        before, self._computing = self._computing, True
+        try:
+            with self:
+                yield
+        finally:
+            self._computing = before
+
+    def _record_or_decompose(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in LOWERINGS:
             return self._record(func, args, kwargs)
-        if (functional := _out_of_place(func)) in LOWERINGS:
-            return self._record_in_place(func, functional, args, kwargs)
         self._decomposing.append(func)
         try:
             with self:
@@ -198,11 +209,11 @@ class Recorder(TorchDispatchMode):
         finally:
             self._decomposing.pop()
 
-    def _record(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], runs: Any = None
-    ) -> Any:
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _refuse_custom_gradient()
         node_args, node_kwargs = torch_tree.tree_map(self._read, (args, kwargs))
-        results = (runs or func)(*args, **kwargs)
+        with self.paused():
+            results = func(*args, **kwargs)
         single = isinstance(results, torch.Tensor)
         tensors = [
             value if isinstance(value, torch.Tensor) else None
@@ -228,54 +239,23 @@ class Recorder(TorchDispatchMode):
         self._variables[id(result)] = (variable, result)
         return variable
 
-    def _record_in_place(
-        self, func: Any, functional: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Records `x.op_()` as `x = op(x)`: torch's own kernels do this to temporary tensors.
-
-        A change of values is refused where another tensor shares the memory and would change too.
-        """
-        changed = args[0]
-        if torch.Tag.inplace_view not in func.tags and self._is_shared(changed):
-            self._unsupported[f"{func} on memory with several views ({self._locate()})"] = None
-        return self._record(functional, args, kwargs, runs=func)
-
-    def _is_shared(self, tensor: torch.Tensor) -> bool:
-        storage = StorageWeakRef(tensor.untyped_storage())
-        return any(
-            other is not tensor and storage == StorageWeakRef(other.untyped_storage())
-            for _, other in self._variables.values()
+    def refuse_change_of_captured(self, func: Any) -> None:
+        """Raises: a change of what is neither argument nor buffer would be lost."""
+        raise UnsupportedOpError(
+            f"{self._locate()} changes a tensor in place ({func}) that is neither an argument nor "
+            "a registered buffer; a pure function cannot. Register it with register_buffer, and "
+            "its new value is returned."
         )
 
-    def _refuse_change_of_captured(self, func: Any, args: tuple[Any, ...]) -> None:
-        if isinstance(args[0], torch.Tensor) and not isinstance(args[0], FakeTensor):
-            raise UnsupportedOpError(
-                f"{self._locate()} changes a tensor in place ({func}) that is neither an argument "
-                "nor a registered buffer; a pure function cannot. Register it with "
-                "register_buffer, and its new value is returned."
-            )
-
-    @property
-    def last_location(self) -> str:
-        """Where the last recorded operation was called."""
-        return str(self.nodes[-1].location) if self.nodes else "at its beginning"
+    def refuse_change_of_view(self, func: Any) -> None:
+        """Raises: what the change leaves of the derivative of the whole cannot be told here."""
+        raise UnsupportedOpError(
+            f"{self._locate()} changes a view in place ({func}) under torch.no_grad(). Assign to "
+            "the whole instead, x[index] = value, or leave out no_grad."
+        )
 
     def _locate(self) -> Location:
         return locate(self._module_names)
-
-    def _record_batch_norm(self, args: tuple[Any, ...]) -> Any:
-        """Records batch norm in the form that returns the new running statistics.
-
-        The kernel changes `running_mean` and `running_var` in place although its schema does not
-        say so, hence functionalize does not see it. What reads them later reads the new values.
-        """
-        aten, running = torch.ops.aten, args[3:5]
-        if running[0] is None:
-            return self._record(aten._native_batch_norm_legit.no_stats, args[:3] + args[5:], {})
-        results = self._record(aten._native_batch_norm_legit_functional.default, args, {})
-        for old, new in zip(running, results[3:], strict=True):
-            self._variables[id(old)] = (self.variable(new), old)
-        return results[:3]
 
     def _read(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -315,7 +295,8 @@ class Recorder(TorchDispatchMode):
         """Notes an operation without a lowering and goes on, to find the others too."""
         location = self._locate()
         try:
-            results = func(*args, **kwargs)
+            with self.paused():
+                results = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise
         except Exception:
@@ -347,17 +328,6 @@ def _core_decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(core_aten_decompositions())
 
 
-@functools.cache
-def _out_of_place(func: Any) -> Any:
-    """The operation that returns what `func` writes into its first argument; None if it is none."""
-    if func is torch.ops.aten.bernoulli_.float:
-        return torch.ops.aten.bernoulli.p
-    name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
-    if not func._schema.is_mutable or not name.endswith("_"):
-        return None
-    return getattr(getattr(torch.ops.aten, name[:-1], None), overload, None)
-
-
 def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs torch's own rule for `func` in simpler operations; NotImplemented if there is none."""
     rule = DECOMPOSITIONS.get(func) or _core_decompositions().get(func)
@@ -368,20 +338,21 @@ def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func.decompose(*args, **kwargs)
 
 
-def _raise_if_custom_gradient(error: RuntimeError) -> None:
-    """A torch.autograd.Function hides its gradient from the tracer: say so, and where."""
-    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-    trace_back = error.__traceback__
-    while trace_back is not None:
-        frame = trace_back.tb_frame
-        if frame.f_code is apply:
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _refuse_custom_gradient() -> None:
+    """A torch.autograd.Function hides its gradient from the tracer: say so."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not trace.__code__:
+        if frame.f_code is _APPLY:
             raise UnsupportedOpError(
                 f"the callable uses the torch.autograd.Function {frame.f_locals['cls'].__name__}, "
                 "whose hand-written gradient cannot be traced. Write it with ordinary torch "
                 "operations (x + (y - x).detach() passes a gradient straight through), or write "
                 "that part in JAX with jax.custom_vjp."
-            ) from error
-        trace_back = trace_back.tb_next
+            )
+        frame = frame.f_back
 
 
 def _control_flow_message(func: Any, location: str) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_module_matches_torch_and_leaves_it_alone() -> None:
     f = from_torch(module)
     assert list(f.params) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     outputs, new_buffers = f(f.params, f.buffers, jnp.asarray(x.numpy()))
-    np.testing.assert_allclose(outputs, module(x).detach(), rtol=1e-6)
+    np.testing.assert_allclose(outputs, module(x).detach(), rtol=1e-4, atol=1e-6)
     assert new_buffers == {}
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(isinstance(p, nn.Parameter) for p in module.parameters())
@@ -450,9 +450,11 @@ def test_in_place_change_of_a_captured_tensor_is_refused_and_undone() -> None:
     assert torch.equal(count, torch.zeros(2))
 
 
-def test_module_made_inside_the_callable_is_refused() -> None:
-    with pytest.raises(UnsupportedOpError, match="created inside the callable"):
-        from_torch(lambda x: nn.Linear(2, 2)(x))(jnp.ones(2))
+def test_module_made_inside_the_callable_draws_its_weights_from_the_key() -> None:
+    g = from_torch(lambda x: nn.Linear(2, 2)(x))
+    with pytest.raises(ArgumentValueError, match="rng is None"):
+        g(jnp.ones(2))
+    np.testing.assert_array_equal(g(jnp.ones(2), rng=KEY), g(jnp.ones(2), rng=KEY))
 
 
 def test_named_results_of_torch_are_named_tuples_under_jit() -> None:
@@ -528,11 +530,13 @@ def test_no_kind_of_attribute_is_stale(attribute: Any, change: Any, expected: fl
             self.a = attribute
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            a: Any = self.a
+            a = cast(Any, self.a)
             if isinstance(a, float):
                 return torch.copysign(x, torch.tensor(a))
-            if isinstance(a, list | dict):
-                a = a[0 if 0 in a or isinstance(a, list) else "k"]
+            if isinstance(a, list):
+                a = a[0]
+            if isinstance(a, dict):
+                a = a.get(0, a["k"])
             return x * (a() if callable(a) else a)
 
     module = Scaled()

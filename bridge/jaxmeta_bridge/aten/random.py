@@ -196,6 +196,13 @@ def _rrelu(
     return torch.where(x <= 0, x * _aten.uniform(x, lower, upper), x)
 
 
+@decomposes(_aten.rrelu_with_noise_functional.default)
+def _rrelu_functional(
+    x: torch.Tensor, noise: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rrelu(x, noise, *options), noise
+
+
 @decomposes(_aten.native_dropout.default)
 def _native_dropout(
     x: torch.Tensor, p: float, train: bool | None

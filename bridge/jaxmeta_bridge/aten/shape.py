@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-import jaxmeta_bridge.leaves  # noqa: F401  (defines keep_gradient)
 from jaxmeta_bridge.aten.axes import at, axes, axis
 from jaxmeta_bridge.aten.registry import decomposes, lowers
-from jaxmeta_bridge.aten.ties import with_derivative_of
 from jaxmeta_bridge.errors import UnsupportedOpError
 
 _aten = torch.ops.aten
@@ -44,11 +42,6 @@ def _identity(out: _Out, x: jax.Array) -> jax.Array:
 @lowers(_aten.detach.default)
 def _detach(out: _Out, x: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(x)
-
-
-@lowers(torch.ops.jaxmeta_bridge.keep_gradient.default)
-def _keep_gradient(out: _Out, value: jax.Array, proxy: jax.Array) -> jax.Array:
-    return with_derivative_of(value, proxy)
 
 
 @lowers(_aten.expand.default)

@@ -1,11 +1,13 @@
 """Special functions: error, gamma, Bessel and related functions."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax import lax
 from jax.scipy import special
@@ -27,10 +29,25 @@ def _polygamma(order: int) -> Callable[[jax.Array], jax.Array]:
     def function(x: jax.Array) -> jax.Array:
         if order == 0:
             return _digamma(x)
+        # lax.zeta is right for positive arguments only. The others are reflected at 1/2:
+        # polygamma(n, x) = (-1)**n polygamma(n, 1 - x) - pi (d/dx)**n cot(pi x)
+        reflected = x <= 0
+        y = jnp.where(reflected, 1 - x, x)
         sign = 1 if order % 2 else -1
-        return sign * math.factorial(order) * lax.zeta(jnp.full_like(x, order + 1), x)
+        values = sign * math.factorial(order) * lax.zeta(jnp.full_like(y, order + 1), y)
+        cotangent = 1 / jnp.tan(jnp.pi * (x - jnp.round(x)))
+        curve = functools.reduce(lambda sum, c: sum * cotangent + c, _cotangent_derivative(order))
+        return jnp.where(reflected, -sign * values - math.pi * curve, values)
 
     return with_partials(function, lambda _, x: _polygamma(order + 1)(x))
+
+
+def _cotangent_derivative(order: int) -> list[float]:
+    """The `order`-th derivative of cot(pi x) by x, as a polynomial in cot(pi x): coefficients."""
+    polynomial = np.polynomial.Polynomial([0, 1])
+    for _ in range(order):
+        polynomial = -math.pi * np.polynomial.Polynomial([1, 0, 1]) * polynomial.deriv()
+    return polynomial.coef[::-1].tolist()
 
 
 def _bessel_i1_over_x(y: jax.Array, x: jax.Array) -> jax.Array:
@@ -124,4 +141,11 @@ def _no_derivative(*_: jax.Array) -> jax.Array:
     )
 
 
-_zeta = with_partials(lax.zeta, _no_derivative, lambda _, x, q: -x * _zeta(x + 1, q))
+def _positive_zeta(x: jax.Array, q: jax.Array) -> jax.Array:
+    """NaN for x < 1, and between the poles of negative q, where JAX's series is inaccurate."""
+    series = jnp.where(x < 1, jnp.nan, lax.zeta(x, q))
+    outside = jnp.where(q == jnp.floor(q), jnp.inf, jnp.nan)
+    return jnp.where((x > 1) & (q <= 0), outside, series)
+
+
+_zeta = with_partials(_positive_zeta, _no_derivative, lambda _, x, q: -x * _zeta(x + 1, q))

@@ -4,6 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import torch
+
+import jaxmeta_bridge.leaves  # noqa: F401  (defines the operation)
+from jaxmeta_bridge.aten.registry import lowers
+
+_ops: Any = torch.ops.jaxmeta_bridge
 
 
 @jax.custom_jvp
@@ -15,6 +21,13 @@ def with_derivative_of(value: jax.Array, proxy: jax.Array) -> jax.Array:
 @with_derivative_of.defjvp
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return with_derivative_of(*primals), tangents[1]
+
+
+@lowers(_ops.with_derivative_of.default)
+def _lower_with_derivative_of(
+    out: jax.ShapeDtypeStruct, value: jax.Array, proxy: jax.Array
+) -> jax.Array:
+    return with_derivative_of(value, proxy)
 
 
 def shared(

@@ -69,6 +69,9 @@ def _transposed(
     size = tuple((i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in axes)
     windows = Windows(size, weight.shape[2:], (*stride,), (*padding,), (*dilation,))
     output = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1] * groups, *size), x.dtype)
+    # An output padding of a whole stride lets further windows fit in, which x has nothing for.
+    missing = [(0, full - i) for full, i in zip(windows.output, x.shape[2:], strict=True)]
+    x = jnp.pad(x, [(0, 0), (0, 0), *missing])
     (y,) = jax.linear_transpose(lambda y: _direct(windows, groups, y, weight), output)(x)
     return y
 
