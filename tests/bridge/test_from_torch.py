@@ -537,7 +537,7 @@ def test_no_kind_of_attribute_is_stale(attribute: Any, change: Any, expected: fl
                 a = a[0]
             if isinstance(a, dict):
                 a = a.get(0, a["k"])
-            return x * (a() if callable(a) else a)
+            return x * cast(float, a() if callable(a) else a)
 
     module = Scaled()
     f = from_torch(module)
