@@ -86,13 +86,14 @@ def meta_unroll(
             ``grad`` and ``value_fn`` are passed to an ``update`` that takes them.
         params: tree of float arrays. They keep their dtypes, and so does the optimizer's state,
             whatever the dtypes of hyperparams and batches.
-        batches: tree of arrays ``[step, ...]``; step ``t`` is given ``leaf[t]``.
+        batches: tree of arrays ``[step, ...]``; step ``t`` is given ``leaf[t]``. A data set that
+            every step should see whole is ``batch``, not this.
         batch: instead of ``batches``, a tree that every step is given. With neither, ``loss_fn``
             is given None.
         num_steps: T; needed where ``batches`` does not tell it.
         hyperparams: tree of arrays, the meta-parameters of ``loss_fn``, ``optimizer`` or both.
         opt_state: the optimizer's state to continue from; by default ``optimizer.init(params)``.
-        state: tree of arrays, the model's state, such as batch statistics.
+        state: tree of arrays, the model's state, such as batch statistics; keeps its dtypes.
         key: a random key. Each step does ``key, subkey = jax.random.split(key)`` and gives the
             subkey to ``loss_fn``.
         has_aux: whether ``loss_fn`` returns more than its loss.
