@@ -116,6 +116,7 @@ class _Functional(FunctionalTensorMode):
     def __init__(self, recorder: "Recorder") -> None:
         super().__init__()
         self._recorder = recorder
+        self._constants: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(
         self,
@@ -127,6 +128,7 @@ class _Functional(FunctionalTensorMode):
         if func is torch.ops.aten._linalg_check_errors.default:
             return None  # has no result, and whether it raises depends on values
         if not _writes_first(func):
+            args, kwargs = torch_tree.tree_map(self._functional, (args, kwargs or {}))
             return super().__torch_dispatch__(func, types, args, kwargs)
         if not isinstance(args[0], FunctionalTensor):
             self._recorder.refuse_change_of_captured(func)
@@ -141,6 +143,15 @@ class _Functional(FunctionalTensorMode):
         with self, torch.enable_grad():
             args[0].copy_(torch.ops.jaxmeta_bridge.with_derivative_of(args[0], before))
         return results
+
+    def _functional(self, leaf: Any) -> Any:
+        """What is computed from constants alone may be changed in place as well."""
+        if type(leaf) is not torch.Tensor or leaf.requires_grad:
+            return leaf
+        if id(leaf) not in self._constants:
+            with self:
+                self._constants[id(leaf)] = FunctionalTensor.to_functional(leaf), leaf
+        return self._constants[id(leaf)][0]
 
 
 def _writes_first(func: Any) -> bool:
