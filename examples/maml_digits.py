@@ -147,6 +147,7 @@ class Learner:
     def loss(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
         return self.meta_loss(dict(self.model.named_parameters()), self.log_lrs, tasks)
 
+    @torch.no_grad()
     def predict(self, tasks: Tasks) -> Tensor:
         return self.loss(tasks)[1]
 
@@ -197,7 +198,6 @@ def meta_train(
 # ------------------------------------------------------------------------ evaluation
 
 
-@torch.no_grad()
 def evaluate(predict: Predict, batches: Iterable[Tasks]) -> Accuracy:
     """The accuracy of the labels that `predict` gives to the query sets."""
     by_task = torch.cat([(predict(b) == b.query_labels).float().mean(1) for b in batches])
@@ -223,7 +223,6 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
     timings: dict[str, float] = {}
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-
     torch.set_num_threads(1)  # torch only draws tasks; threads of its own would disturb JAX's
     learner = make_learner(config, device)
     images = load_images().to(device)
@@ -242,7 +241,7 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
     def check() -> Accuracy:
         return test(learner.predict, few, seed=config.seed + 2000)
 
-    with stage("compiling the adaptation", timings, "(about 10 s) ..."), torch.no_grad():
+    with stage("compiling the adaptation", timings, "(about 10 s) ..."):
         learner.predict(draw())
     with stage("evaluating the untrained network", timings, "..."):
         lr = tune_inner_lr(learner, [draw() for _ in range(0, few, config.tasks)])
@@ -250,8 +249,9 @@ def run(config: Config, device: torch.device, stop: threading.Event) -> None:
             "nearest_neighbour": test(nearest_neighbour, config.eval_tasks),
             "before": test(learner.predict, config.eval_tasks),
         }
-    with stage("compiling the meta-gradient", timings, "(about 30 s) ..."):
-        learner.loss(draw())[0].backward()
+    if not stop.is_set():
+        with stage("compiling the meta-gradient", timings, "(about 30 s) ..."):
+            learner.loss(draw())[0].backward()
     with stage("meta-training", timings):
         history = meta_train(config, learner, draw, check, stop)
     with stage("evaluating the meta-trained network", timings, "..."):

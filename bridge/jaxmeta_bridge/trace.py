@@ -222,6 +222,11 @@ class Recorder(FakeTensorMode):
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _refuse_custom_gradient()
+        if kwargs.get("generator") is not None:
+            raise UnsupportedOpError(
+                f"{self._locate()} draws from a torch.Generator of its own ({func}), which JAX "
+                "cannot. Leave it out: the numbers come from `rng=`."
+            )
         node_args, node_kwargs = torch_tree.tree_map(self._read, (args, kwargs))
         with self.paused():
             results = func(*args, **kwargs)

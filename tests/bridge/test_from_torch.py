@@ -633,3 +633,9 @@ def test_eval_is_followed_by_to_torch_and_meta_unroll() -> None:
     assert not torch.equal(through_torch(x), in_training[0])
     np.testing.assert_allclose(after_a_step(), 1.0 - norm(x).sum().item(), rtol=1e-5)
     assert in_training[1] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_generator_of_its_own_is_refused() -> None:
+    generator = torch.Generator()
+    with pytest.raises(UnsupportedOpError, match="torch.Generator"):
+        from_torch(lambda x: x.clone().normal_(generator=generator))(jnp.ones(3), rng=KEY)
