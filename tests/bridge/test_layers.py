@@ -68,6 +68,7 @@ _case("conv3d", lambda: nn.Conv3d(1, 2, 2, padding=1, stride=(1, 2, 2)), _x(1, 1
 _case("conv1d_dilated_groups", lambda: nn.Conv1d(4, 6, 2, dilation=2, groups=2), _x(2, 4, 7))
 _case("conv2d_depthwise", lambda: nn.Conv2d(3, 6, 3, groups=3, bias=False), _x(2, 3, 5, 5))
 _case("conv2d_same", lambda: nn.Conv2d(2, 2, (2, 3), padding="same", dilation=2), _x(1, 2, 5, 5))
+_case("conv2d_valid", lambda: nn.Conv2d(2, 2, 2, padding="valid", stride=2), _x(1, 2, 4, 5))
 _case("conv2d_one_by_one", lambda: nn.Conv2d(2, 4, 1), _x(2, 2, 3, 3))
 _case("conv2d_unbatched", lambda: nn.Conv2d(2, 3, 3), _x(2, 5, 5))
 _case("transposed1d", lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1), _x(2, 2, 4))

@@ -25,6 +25,17 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> jax.Array:
+    def per_axis(numbers: Sequence[int]) -> Sequence[int]:  # one number stands for all axes
+        return [*numbers] * (x.ndim - 2) if len(numbers) == 1 else numbers
+
     return convolution(
-        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        x,
+        weight,
+        bias,
+        per_axis(stride),
+        per_axis(padding),
+        per_axis(dilation),
+        transposed,
+        per_axis(output_padding),
+        groups,
     )
