@@ -202,6 +202,7 @@ class ModuleFunction:
         modules.check_without_gradient_hooks(self._module)
         names = {id(child): name for name, child in self._module.named_modules()}
         with modules.unchanged(self._module):
+            modules.make_traceable(self._module)
             program = trace(function, call.specs, names)
         for name, variable in call.rebuild(program.inputs)["params"].items():
             if variable in program.changed:

@@ -1,11 +1,13 @@
 """What `from_torch` needs to know of an `nn.Module`, and the guard that leaves it as it was."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from jaxmeta_bridge.dlpack import check_tensor
@@ -52,6 +54,32 @@ def check_without_gradient_hooks(module: nn.Module) -> None:
             f"{hooked} have hooks on their gradients, which JAX would not call. Remove the hooks, "
             "and transform the gradients in JAX."
         )
+
+
+def make_traceable(module: nn.Module) -> None:
+    """Replaces, on the instances, forwards that ask for values; call it inside `unchanged`."""
+    for child in module.modules():
+        is_plain = type(child).forward is _BatchNorm.forward  # not a subclass with its own
+        if is_plain and child.training and child.momentum is None and child.track_running_stats:
+            vars(child)["forward"] = functools.partial(_cumulative_batch_norm, child)
+
+
+def _cumulative_batch_norm(module: Any, input: torch.Tensor) -> torch.Tensor:
+    """Batch norm with `momentum=None`: running statistics are the mean over all batches.
+
+    torch's own turns the number of batches into a Python float.
+    """
+    module._check_input_dim(input)
+    mean, var = torch.zeros_like(module.running_mean), torch.zeros_like(module.running_var)
+    output = nn.functional.batch_norm(
+        input, mean, var, module.weight, module.bias, True, 1.0, module.eps
+    )
+    with torch.no_grad():
+        module.num_batches_tracked.add_(1)
+        count = module.num_batches_tracked.to(mean.dtype)
+        module.running_mean.add_((mean - module.running_mean) / count)
+        module.running_var.add_((var - module.running_var) / count)
+    return output
 
 
 @contextlib.contextmanager

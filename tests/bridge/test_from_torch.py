@@ -639,3 +639,17 @@ def test_a_generator_of_its_own_is_refused() -> None:
     generator = torch.Generator()
     with pytest.raises(UnsupportedOpError, match="torch.Generator"):
         from_torch(lambda x: x.clone().normal_(generator=generator))(jnp.ones(3), rng=KEY)
+
+
+def test_batch_norm_that_averages_over_all_batches() -> None:
+    module = nn.BatchNorm1d(2, momentum=None)
+    reference = copy.deepcopy(module)
+    f = from_torch(module)
+    buffers = f.buffers
+    for seed in range(3):
+        x = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
+        outputs, buffers = f(f.params, buffers, jnp.asarray(x.numpy()))
+        np.testing.assert_allclose(outputs, reference(x).detach(), rtol=1e-4, atol=1e-5)
+    for name, expected in reference.named_buffers():
+        np.testing.assert_allclose(buffers[name], expected, rtol=1e-5)
+    assert "forward" not in vars(module)

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import check
+from support import check, run_in_jax
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,3 +53,15 @@ def test_adaptive_pools_with_uneven_windows() -> None:
     x = _random(2, 3, 7, 8).relu()
     check(lambda x: F.adaptive_avg_pool2d(x, (3, 5)), x)
     check(lambda x: F.adaptive_max_pool2d(x, (3, 5), return_indices=True), x)
+
+
+def test_half_precision_transposed_convolution_is_summed_in_float32() -> None:
+    x, weight = _random(2, 16, 6, 6).half(), _random(16, 8, 3, 3).half()
+
+    def convolve(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(x, w, stride=1)
+
+    (result,) = run_in_jax(convolve, x, weight)
+    exact = convolve(x.double(), weight.double())
+    # One rounding of the exact sum: half a unit in the last place, 2^-11 of the value.
+    np.testing.assert_allclose(np.asarray(result, np.float64), exact, rtol=2**-11 * 1.01, atol=1e-4)

@@ -11,16 +11,11 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-from jaxmeta_bridge.aten.registry import decomposes, lowers
+from jaxmeta_bridge.aten.registry import lowers
 
 aten: Any = torch.ops.aten
 _Out = jax.ShapeDtypeStruct
 _Outs = tuple[_Out, ...]
-
-
-@decomposes(aten._linalg_check_errors.default)
-def _check_errors(info: torch.Tensor, api_name: str, *, is_matrix: bool) -> None:
-    """Has no result, and whether it raises depends on values."""
 
 
 def _adjoint(a: jax.Array) -> jax.Array:

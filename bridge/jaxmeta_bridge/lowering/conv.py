@@ -102,10 +102,11 @@ def _by_xla(windows: Windows, groups: int, x: jax.Array, weight: jax.Array) -> j
 
 def _by_patches(windows: Windows, groups: int, x: jax.Array, weight: jax.Array) -> jax.Array:
     n, outputs = x.shape[0], weight.shape[0]
-    taps = list(windows.taps(x, 0))
+    # Half precision is summed in float32, in the transpose as well, which adds up the taps.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    taps = list(windows.taps(x.astype(wide), 0))
     patches = jnp.stack(taps, 2) if len(taps) > 1 else taps[0]
     patches = patches.reshape(n, groups, weight.shape[1] * len(taps), -1)
-    kernels = weight.reshape(groups, outputs // groups, -1)
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # half precision is summed in float32
-    y = jnp.einsum("ngkl,gok->ngol", patches, kernels, preferred_element_type=wide)
+    kernels = weight.astype(wide).reshape(groups, outputs // groups, -1)
+    y = jnp.einsum("ngkl,gok->ngol", patches, kernels)
     return y.reshape(n, outputs, *windows.output).astype(x.dtype)
