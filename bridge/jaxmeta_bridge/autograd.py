@@ -157,7 +157,7 @@ def apply(program: Program, operands: Sequence[Operand]) -> tuple[Sequence[torch
         if any(mask):
             trace, *outputs = JaxCall.apply(program, mask, *operands)
             return outputs, trace
-    outputs, trace = _execute(program.run, operands)
+    outputs, trace = execute(program.run, operands)
     return adopt(outputs), trace
 
 
@@ -175,7 +175,7 @@ class JaxCall(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Program, mask: Mask, *operands: Operand) -> tuple[Any, ...]:
-        arrays, trace, own, foreign, tape = _execute(program.recorded(mask), operands)
+        arrays, trace, own, foreign, tape = execute(program.recorded(mask), operands)
         outputs = adopt(arrays)
         row = [*operands, *outputs, *adopt(own), *foreign]
         residuals = [row[source] for source in tape.sources if source >= len(operands)]
@@ -194,7 +194,7 @@ class JaxCall(torch.autograd.Function):
             others, sources = iter(rest), ctx.tape.sources
             residuals = [operands[s] if s < len(operands) else next(others) for s in sources]
             backward = functools.partial(ctx.tape.backward, tuple(_select(wanted, ctx.mask)))
-            gradients = adopt(_execute(backward, [*residuals, *given]))
+            gradients = adopt(execute(backward, [*residuals, *given]))
         return None, None, *_spread(gradients, wanted)
 
 
@@ -203,7 +203,7 @@ class TransformedJaxCall(torch.autograd.Function):
 
     @staticmethod
     def forward(program: Program, *operands: Operand) -> tuple[Any, ...]:
-        arrays, trace = _execute(program.run, operands)
+        arrays, trace = execute(program.run, operands)
         return trace, *adopt(arrays)
 
     @staticmethod
@@ -238,7 +238,7 @@ class TransformedJaxCall(torch.autograd.Function):
         return (trace, *outputs), (None, *[0] * len(outputs))
 
 
-def _execute(compiled: Callable[..., Any], values: Iterable[Operand]) -> Any:
+def execute(compiled: Callable[..., Any], values: Iterable[Operand]) -> Any:
     lent = [lend(value) if isinstance(value, torch.Tensor) else value for value in values]
     with jax.enable_x64(True), _placement():
         return compiled(*lent)

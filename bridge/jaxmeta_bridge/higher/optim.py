@@ -1,0 +1,407 @@
+"""Optimizers whose steps can be differentiated, made from `torch.optim` ones."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from jaxmeta_bridge import recorder
+from jaxmeta_bridge.higher import utils
+from jaxmeta_bridge.higher.options import apply_override, copy_group
+from jaxmeta_bridge.higher.state import OptimizerState
+from jaxmeta_bridge.optim import Rule, rule_for
+
+GradCallback = Callable[[list[Any]], Sequence[Any]]
+
+
+class DifferentiableOptimizer:
+    """Steps the fast weights of a patched module, or tensors, as a `torch.optim` optimizer would.
+
+    A subclass overrides `_update`.
+    """
+
+    def __init__(
+        self,
+        other: torch.optim.Optimizer,
+        reference_params: Iterable[torch.Tensor],
+        fmodel: Any = None,
+        device: torch.device | None = None,
+        override: dict[str, Any] | None = None,
+        grad_callback: GradCallback | None = None,
+        track_higher_grads: bool = True,
+        adjoint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Takes over options and state of `other`, which is not changed.
+
+        Args:
+          other: the optimizer to follow.
+          reference_params: all parameters, in the order of those that `step` is given.
+          fmodel: the patched module whose fast weights to step.
+          device: where to put the state.
+          override: values of options, a list of one for all groups or one for each group.
+          grad_callback: given the list of all gradients (None where there is none), returns those
+            to use.
+          track_higher_grads: whether gradients go through the steps.
+          adjoint: how a loop of steps is differentiated; by default the best general way.
+          **kwargs: ignored.
+        """
+        reference = list(reference_params)
+        self.param_groups: list[dict[str, Any]] = [copy_group(g) for g in other.param_groups]
+        self._fmodel = fmodel
+        self._grad_callback = grad_callback
+        self._track_higher_grads = track_higher_grads
+        self._adjoint = adjoint
+        self._group_to_param_list: list[list[int]] = []
+        numbers = {id(parameter): index for index, parameter in enumerate(reference)}
+        for group in other.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in numbers:
+                    raise ValueError(
+                        f"The optimizer has a parameter of shape {tuple(parameter.shape)} that is "
+                        "none of the reference parameters: make it from the parameters of the "
+                        "model that is patched."
+                    )
+            self._group_to_param_list.append([numbers[id(p)] for p in group["params"]])
+        for group in self.param_groups:
+            group["params"] = [None] * len(group["params"])
+        if override is not None:
+            self._apply_override(override)
+        self.state: list[Any] = self._initial_state(other, device)
+
+    def _initial_state(self, other: Any, device: torch.device | None) -> list[Any]:
+        return [
+            {
+                index: utils._recursive_copy_and_cast(dict(other.state[parameter]), device)
+                for index, parameter in enumerate(group["params"])
+                if parameter in other.state
+            }
+            for group in other.param_groups
+        ]
+
+    def _apply_override(self, override: dict[str, Any]) -> None:
+        apply_override(self.param_groups, override)
+
+    def step(
+        self,
+        loss: torch.Tensor,
+        params: Iterable[torch.Tensor] | None = None,
+        override: dict[str, Any] | None = None,
+        grad_callback: GradCallback | None = None,
+        **kwargs: Any,
+    ) -> list[torch.Tensor]:
+        """Takes one step on `loss`; returns all parameters after it.
+
+        Args:
+          loss: a scalar tensor.
+          params: what to step; by default the fast weights of the patched module.
+          override: values of options, from now on.
+          grad_callback: as for the constructor, for this step.
+          **kwargs: ignored.
+        """
+        if override is not None:
+            self._apply_override(override)
+        if params is None:
+            params = None if self._fmodel is None else self._fmodel.fast_params
+            if params is None:
+                raise ValueError(
+                    "params is missing: this optimizer has no patched module with weights of its "
+                    "own, so step(loss, params=...) has to be given what to step."
+                )
+        params = list(params)
+        gradients: Any = self._gradients(loss, params)
+        callback = grad_callback if grad_callback is not None else self._grad_callback
+        if callback is not None:
+            gradients = callback(gradients)
+            if gradients is None or len(gradients) != len(params):
+                raise ValueError(
+                    f"grad_callback returned {type(gradients).__name__} for {len(params)} "
+                    "gradients; expected a list with one entry for each."
+                )
+        new_params = self._apply(params, list(gradients))
+        if self._fmodel is not None:
+            self._fmodel.update_params(new_params)
+        recorder.begin_stretch()
+        return new_params
+
+    def _gradients(self, loss: torch.Tensor, params: list[Any]) -> list[Any]:
+        targets = [tensor for tensor in params if tensor.requires_grad]
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "The loss does not require grad: nothing that it was computed from does, or it was "
+                "computed under torch.no_grad()."
+            )
+        found = iter(())
+        if targets:
+            found = iter(
+                recorder.grad(
+                    loss, targets, create_graph=self._track_higher_grads, allow_unused=True
+                )
+            )
+        return [next(found) if tensor.requires_grad else None for tensor in params]
+
+    def _apply(self, params: list[Any], gradients: list[Any]) -> list[Any]:
+        grouped = []
+        for group, mapping in zip(self.param_groups, self._group_to_param_list, strict=True):
+            group["params"] = [params[index] for index in mapping]
+            grouped.append([gradients[index] for index in mapping])
+        self._update(grouped)
+        new_params = list(params)
+        for group, mapping in zip(self.param_groups, self._group_to_param_list, strict=True):
+            for tensor, index in zip(group["params"], mapping, strict=True):
+                if tensor is params[index]:
+                    continue
+                if not self._track_higher_grads and not tensor.is_leaf:
+                    tensor = recorder.to_leaf(tensor.detach(), params[index].requires_grad)
+                new_params[index] = tensor
+        return new_params
+
+    def _update(self, grouped_grads: list[list[Any]], **kwargs: Any) -> None:
+        """Replaces the tensors in each `group['params']` by what they are after a step.
+
+        Args:
+          grouped_grads: for each group and parameter the gradient, or None.
+          **kwargs: ignored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to override _update.")
+
+
+class _RuleOptimizer(DifferentiableOptimizer):
+    """One that torch has itself."""
+
+    _type: type[torch.optim.Optimizer]
+
+    def _initial_state(self, other: Any, device: torch.device | None) -> list[Any]:
+        self._rule: Rule = rule_for(self._type)
+        self._machine = OptimizerState(self._rule, other, device)
+        return self._machine.groups
+
+    def _update(self, grouped_grads: list[list[Any]], **kwargs: Any) -> None:
+        self._machine.update(
+            self.param_groups, grouped_grads, self._track_higher_grads, self._adjoint
+        )
+
+
+def _differentiable(name: str) -> type[_RuleOptimizer]:
+    optimizer = getattr(torch.optim, name)
+    body = {
+        "_type": optimizer,
+        "__doc__": f"Steps as `torch.optim.{name}` does, differentiable in all its numbers.",
+        "__module__": __name__,
+    }
+    return type(f"Differentiable{name}", (_RuleOptimizer,), body)
+
+
+DifferentiableSGD = _differentiable("SGD")
+DifferentiableAdam = _differentiable("Adam")
+DifferentiableAdamW = _differentiable("AdamW")
+DifferentiableNAdam = _differentiable("NAdam")
+DifferentiableRAdam = _differentiable("RAdam")
+DifferentiableAdadelta = _differentiable("Adadelta")
+DifferentiableAdafactor = _differentiable("Adafactor")
+DifferentiableAdagrad = _differentiable("Adagrad")
+DifferentiableAdamax = _differentiable("Adamax")
+DifferentiableASGD = _differentiable("ASGD")
+DifferentiableMuon = _differentiable("Muon")
+DifferentiableRMSprop = _differentiable("RMSprop")
+DifferentiableRprop = _differentiable("Rprop")
+
+_opt_mapping: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
+    kind._type: kind
+    for kind in (
+        *(DifferentiableSGD, DifferentiableAdam, DifferentiableAdamW, DifferentiableNAdam),
+        *(DifferentiableRAdam, DifferentiableAdadelta, DifferentiableAdafactor),
+        *(DifferentiableAdagrad, DifferentiableAdamax, DifferentiableASGD, DifferentiableMuon),
+        *(DifferentiableRMSprop, DifferentiableRprop),
+    )
+}
+
+
+def _class_for(kind: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
+    if kind in _opt_mapping:
+        return _opt_mapping[kind]
+    try:
+        rule = rule_for(kind)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{kind.__name__} has no differentiable version: {error} One of your own can be added "
+            "with register_optim."
+        ) from error
+    return _opt_mapping[getattr(torch.optim, rule.name)]
+
+
+def get_diff_optim(
+    opt: torch.optim.Optimizer,
+    reference_params: Iterable[torch.Tensor],
+    fmodel: Any = None,
+    device: torch.device | None = None,
+    override: dict[str, Any] | None = None,
+    track_higher_grads: bool = True,
+    **kwargs: Any,
+) -> DifferentiableOptimizer:
+    """The differentiable version of an optimizer, with its options and state.
+
+    Args are those of `DifferentiableOptimizer`.
+    """
+    return _class_for(type(opt))(
+        opt,
+        reference_params,
+        fmodel=fmodel,
+        device=device,
+        override=override,
+        track_higher_grads=track_higher_grads,
+        **kwargs,
+    )
+
+
+def create_diff_optim(
+    opt_type: type[torch.optim.Optimizer],
+    opt_kwargs: dict[str, Any] | None = None,
+    params: Iterable[Any] | None = None,
+    fmodel: Any = None,
+    device: torch.device | None = None,
+    override: dict[str, Any] | None = None,
+    track_higher_grads: bool = True,
+    **kwargs: Any,
+) -> DifferentiableOptimizer:
+    """A differentiable optimizer of the given type, without an ordinary one to follow.
+
+    Args:
+      opt_type: a class in `torch.optim`, or one given to `register_optim`.
+      opt_kwargs: for the class, such as `{"lr": 0.1}`.
+      params: the parameters or parameter groups; by default those of `fmodel`.
+      fmodel: the patched module whose fast weights to step.
+      device: where to put the state.
+      override: as for `get_diff_optim`.
+      track_higher_grads: as for `get_diff_optim`.
+      **kwargs: further ones of `DifferentiableOptimizer`.
+    """
+    diff_type = _class_for(opt_type)
+    if params is None:
+        if fmodel is None:
+            raise ValueError("params and fmodel are missing: one of them has to be given.")
+        params = list(fmodel.parameters())
+    groups = list(params)
+    stand_ins: dict[int, torch.Tensor] = {}
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in stand_ins:
+            stand_ins[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype).requires_grad_()
+        return stand_ins[id(tensor)]
+
+    if groups and isinstance(groups[0], dict):
+        members = [
+            {**g, "params": [g["params"]] if torch.is_tensor(g["params"]) else list(g["params"])}
+            for g in groups
+        ]
+        tensors = [tensor for group in members for tensor in group["params"]]
+        given: list[Any] = [
+            {**group, "params": [stand_in(t) for t in group["params"]]} for group in members
+        ]
+    else:
+        tensors = groups
+        given = [stand_in(tensor) for tensor in tensors]
+    if fmodel is not None and fmodel.fast_params is not None:
+        known = {id(t) for t in tensors}
+        order = [t for t in fmodel.fast_params]
+        reference = [stand_in(t) for t in order] if known <= {id(t) for t in order} else None
+    else:
+        reference = None
+    if reference is None:
+        reference = [stand_in(tensor) for tensor in tensors]
+    return diff_type(
+        opt_type(given, **(opt_kwargs or {})),
+        reference,
+        fmodel=fmodel,
+        device=device,
+        override=override,
+        track_higher_grads=track_higher_grads,
+        **kwargs,
+    )
+
+
+def register_optim(
+    optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]
+) -> None:
+    """Has optimizers of a type be followed by a differentiable version of your own.
+
+    Args:
+      optim_type: a subclass of `torch.optim.Optimizer`.
+      diff_optim_type: a subclass of `DifferentiableOptimizer` that overrides `_update`.
+    """
+    _opt_mapping[optim_type] = diff_optim_type
+
+
+def get_trainable_opt_params(
+    opt: torch.optim.Optimizer, device: torch.device | None = None
+) -> dict[str, list[Any]]:
+    """Each numeric option of an optimizer as tensors that require grad, fit for `override`.
+
+    Args:
+      opt: whose options to take.
+      device: where to put the tensors.
+    """
+    override: dict[str, list[Any]] = {}
+
+    def to_tensor(x: Any) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            return x.detach().clone().requires_grad_()
+        return torch.tensor(float(x), device=device, requires_grad=True)
+
+    for group in opt.param_groups:
+        for name, value in group.items():
+            items = utils.flatten(value)
+            if name != "params" and all(isinstance(x, (int, float, torch.Tensor)) for x in items):
+                override.setdefault(name, []).append(utils._recursive_map(value, to_tensor))
+    return override
+
+
+def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: dict[str, Any]) -> None:
+    """Writes learned options back into an optimizer, as Python numbers where it had such.
+
+    Args:
+      opt: what to change.
+      override: as `get_trainable_opt_params` gives it.
+    """
+    for name, value in override.items():
+        if len(value) not in (1, len(opt.param_groups)):
+            raise ValueError(
+                f"override has {len(value)} values of {name} for {len(opt.param_groups)} parameter "
+                "groups; expected one, or one for each."
+            )
+    for name, value in override.items():
+        for index, group in enumerate(opt.param_groups):
+            group[name] = _recursive_apply(value[0 if len(value) == 1 else index], group[name])
+
+
+def _recursive_apply(replacement: Any, target: Any) -> Any:
+    """`target` with the numbers of `replacement`."""
+    if isinstance(target, dict):
+        return type(target)({k: _recursive_apply(replacement[k], v) for k, v in target.items()})
+    if isinstance(target, (list, tuple)) and isinstance(replacement, (list, tuple)):
+        pairs = zip(replacement, target, strict=True)
+        return type(target)([_recursive_apply(r, t) for r, t in pairs])
+    if isinstance(target, torch.Tensor):
+        return torch.as_tensor(replacement).detach().clone().to(target)
+    if utils._is_container(target) or utils._is_container(replacement):
+        raise ValueError(
+            f"override has a {type(replacement).__name__} where the optimizer has a "
+            f"{type(target).__name__}."
+        )
+    number = replacement.item() if hasattr(replacement, "item") else replacement
+    return type(target)(number)
+
+
+def _add(tensor: Any, a1: Any, a2: Any = None) -> Any:
+    """tensor + a1, or tensor + a1 · a2."""
+    return tensor + (a1 if a2 is None else a1 * a2)
+
+
+def _addcdiv(tensor: Any, a1: Any, a2: Any, a3: Any = None) -> Any:
+    """tensor + a1 / a2, or tensor + a1 · a2 / a3."""
+    return tensor + (a1 / a2 if a3 is None else a1 * (a2 / a3))
+
+
+def _addcmul(tensor: Any, a1: Any, a2: Any, a3: Any = None) -> Any:
+    """tensor + a1 · a2, or tensor + a1 · a2 · a3."""
+    return tensor + (a1 * a2 if a3 is None else a1 * a2 * a3)

@@ -1,0 +1,352 @@
+"""Copies of modules whose parameters are the fast weights of an inner loop."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from jaxmeta_bridge.higher import utils
+from jaxmeta_bridge.higher.copying import Binding, copy_module
+from jaxmeta_bridge.recorder import Recorded, begin_stretch, to_leaf, to_recorded
+
+_Module = nn.Module
+
+
+class _MonkeyPatchBase(nn.Module):
+    """What every module of a patched tree is an instance of; the root holds the fast weights."""
+
+    _root: "_MonkeyPatchBase | None"
+    _weights: "list[list[Any]] | None"
+    _bindings: list[Binding]
+    _track_higher_grads: bool
+    _param_mapping: list[int]
+    _param_names: list[str]
+    _being_modified_internally: bool
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is the module that was patched, rather than one of its submodules."""
+        return self._root is None
+
+    @property
+    def root(self) -> "_MonkeyPatchBase":
+        """The module that was patched."""
+        return self if self._root is None else self._root
+
+    @property
+    def direct_submodule_call(self) -> bool:
+        """Always true: submodules can be called at any time."""
+        return True
+
+    @property
+    def init_fast_params(self) -> list[torch.Tensor]:
+        """The initial fast weights."""
+        root = self.root
+        if not root.track_higher_grads:
+            raise RuntimeError(
+                "The initial parameters are not kept, because track_higher_grads is False."
+            )
+        assert root._weights is not None
+        return root._weights[0]
+
+    @property
+    def _fast_params(self) -> list[list[torch.Tensor]] | None:
+        return self.root._weights
+
+    @_fast_params.setter
+    def _fast_params(self, value: Any) -> None:
+        root = self.root
+        if value is None:
+            object.__setattr__(root, "_weights", None)
+            return
+        weights = [[to_recorded(tensor) for tensor in params] for params in value]
+        object.__setattr__(root, "_weights", weights)
+        if weights:
+            root._bind(weights[-1])
+
+    @property
+    def fast_params(self) -> list[torch.Tensor] | None:
+        """The present fast weights, one for each distinct parameter; settable."""
+        weights = self.root._weights
+        return None if weights is None else weights[-1]
+
+    @fast_params.setter
+    def fast_params(self, value: Iterable[torch.Tensor]) -> None:
+        self.root._set_weights(value)
+
+    @property
+    def track_higher_grads(self) -> bool:
+        """Whether the fast weights of earlier steps are kept, with their gradients."""
+        return self.root._track_higher_grads
+
+    @track_higher_grads.setter
+    def track_higher_grads(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"track_higher_grads is {value!r}; expected a bool.")
+        root = self.root
+        object.__setattr__(root, "_track_higher_grads", value)
+        if not value and root._weights is not None:
+            object.__setattr__(root, "_weights", root._weights[-1:])
+
+    def update_params(self, params: Iterable[torch.Tensor]) -> None:
+        """Makes `params`, one for each distinct parameter, the present fast weights."""
+        self.root._set_weights(params)
+
+    def _set_weights(self, params: Iterable[torch.Tensor]) -> None:
+        new = [to_recorded(tensor) for tensor in params]
+        if self._weights is None:
+            object.__setattr__(self, "_weights", [])
+        assert self._weights is not None
+        if self._track_higher_grads:
+            self._weights.append(new)
+        else:
+            self._weights[:] = [new]
+        self._bind(new)
+
+    def _bind(self, params: list[Any]) -> None:
+        """Puts the weights where the modules of the tree look for their parameters."""
+        for binding in self._bindings:
+            binding.parameters[binding.name] = params[binding.index]
+        for module in self._recurrent:
+            module.__dict__["_flat_weights"] = [
+                getattr(module, name) for name in module._flat_weights_names
+            ]
+
+    def _expand_params(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [params[index] for index in self._param_mapping]
+
+    def _take(self, params: Iterable[torch.Tensor] | None) -> None:
+        root = self.root
+        if params is not None:
+            root._set_weights(params)
+        elif root._weights is None:
+            raise ValueError(
+                "This module has no weights of its own: pass params=, a list with one tensor for "
+                "each parameter of the module that it was made from."
+            )
+
+    def _replace(self, name: str, value: Any) -> None:
+        """Assigns a fast weight, as `module.weight = value` does."""
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"cannot assign {torch.typename(value)} to the fast weight '{name}'; expected a "
+                "tensor."
+            )
+        root = self.root
+        if root._weights is None:
+            raise RuntimeError(
+                f"cannot assign '{name}': this module has no weights of its own. Call it with "
+                "params=."
+            )
+        new = list(root._weights[-1])
+        for binding in root._bindings:
+            if binding.parameters is self._parameters and binding.name == name:
+                new[binding.index] = value
+        root._set_weights(new)
+
+
+def _forward(base: type[nn.Module]) -> Callable[..., Any]:
+    def forward(
+        self: Any, *args: Any, params: Iterable[torch.Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        self._take(params)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _set(self: Any, name: str, value: Any) -> None:
+    parameters = self.__dict__.get("_parameters")
+    if parameters is not None and name in parameters and not isinstance(value, _Placeholder):
+        if parameters[name] is None and value is None:
+            return
+        self._replace(name, value)
+        return
+    buffers = self.__dict__.get("_buffers")
+    if buffers is not None and name in buffers and isinstance(value, torch.Tensor):
+        value = to_recorded(value)
+    nn.Module.__setattr__(self, name, value)
+
+
+def _parameters(
+    self: Any, recurse: bool = True, time: int | None = None
+) -> Iterator[torch.Tensor]:
+    """The fast weights, each distinct one once.
+
+    Args:
+      self: the patched module.
+      recurse: there for nn.Module's sake; submodules are always included.
+      time: after which update; 0 for the initial ones, None or -1 for the latest.
+    """
+    if self._weights is None:
+        raise RuntimeError("This module has no weights of its own: they are passed as params=.")
+    if not recurse:
+        warnings.warn(
+            "parameters(recurse=False) of a patched module returns those of submodules, too.",
+            stacklevel=2,
+        )
+    time = -1 if time is None else time
+    if not self._track_higher_grads and time not in (-1, 0):
+        raise ValueError(
+            f"time is {time}, but only the latest parameters are kept, because track_higher_grads "
+            "is False."
+        )
+    return iter(self._weights[time])
+
+
+def _apply_to_all(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """nn.Module's way of `to`, `float` and the like, for fast weights."""
+    root = self.root
+    mine = {id(binding.parameters[binding.name]) for binding in root._bindings
+            if any(binding.parameters is module._parameters for module in self.modules())}
+    if root._weights is not None:
+        latest = root._weights[-1]
+        root._weights[-1] = [to_recorded(fn(t)) if id(t) in mine else t for t in latest]
+        root._bind(root._weights[-1])
+    for module in self.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = to_recorded(fn(buffer))
+    return self
+
+
+def _no_op(self: Any) -> None:
+    return None
+
+
+def _class_of(base: type[nn.Module], prefix: str) -> type[Any]:
+    key = (base, prefix)
+    if key not in _CLASSES:
+        body = {
+            "forward": _forward(base),
+            "__setattr__": _set,
+            "_apply": _apply_to_all,
+            "_wrapped_name": base.__name__,
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+        }
+        if prefix == "Functional":
+            body["parameters"] = _parameters
+        if hasattr(base, "flatten_parameters"):
+            body["flatten_parameters"] = _no_op
+        _CLASSES[key] = type(prefix + base.__name__, (base, _MonkeyPatchBase), body)
+    return _CLASSES[key]
+
+
+_CLASSES: dict[Any, type[Any]] = {}
+
+
+class _Placeholder:
+    """Stands for a parameter of a module that is given its weights with each call."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f'Parameter placeholder ("{self._name}")'
+
+
+def make_functional(
+    module: nn.Module,
+    encapsulator: Callable[[Any, nn.Module], None] | None = None,
+) -> Any:
+    """A copy of a module that has no weights: it is called with `params=`.
+
+    Args:
+      module: what to copy; it is not changed.
+      encapsulator: called with the copy and the module, for instance to give it weights.
+    """
+    if isinstance(module, _MonkeyPatchBase):
+        raise ValueError(
+            "module is a patched module already. Patch the module that it was made from; its "
+            "present weights can be given with params=."
+        )
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module.")
+    copied = copy_module(module, _class_of, _Placeholder)
+    root = copied.root
+    state = root.__dict__
+    state["_bindings"] = copied.bindings
+    state["_recurrent"] = [m for m in copied.modules if hasattr(m, "_flat_weights_names")]
+    state["_weights"] = None
+    state["_track_higher_grads"] = True
+    state["_param_mapping"] = utils._get_param_mapping(module, [], [])
+    state["_original_params"] = module.parameters()
+    for each in copied.modules:
+        each.__dict__["_root"] = None if each is root else root
+        each.__dict__["_param_names"] = [n for n, p in each._parameters.items() if p is not None]
+        each.__dict__["_being_modified_internally"] = False
+    if encapsulator is not None:
+        encapsulator(root, module)
+    return root
+
+
+def monkeypatch(
+    module: nn.Module,
+    device: torch.device | None = None,
+    copy_initial_weights: bool = True,
+    track_higher_grads: bool = True,
+) -> Any:
+    """A copy of a module whose weights an inner loop can change, with gradients.
+
+    Args:
+      module: what to copy; it is not changed, and neither are its buffers.
+      device: where to put weights and buffers; by default where they are.
+      copy_initial_weights: whether the initial fast weights are leaves of their own, rather than
+        lead gradients to the module's parameters (MAML).
+      track_higher_grads: whether to keep the weights of all steps and their gradients.
+    """
+
+    def encapsulator(fmodule: Any, original: nn.Module) -> None:
+        begin_stretch()
+        params = []
+        for parameter in original.parameters():
+            moved = parameter if device is None else parameter.to(device)
+            if copy_initial_weights:
+                params.append(to_leaf(moved.detach().clone(), parameter.requires_grad))
+            else:
+                params.append(to_recorded(moved))
+        buffer_sync(original, fmodule, device)
+        fmodule.update_params(params)
+
+    fmodule = make_functional(module, encapsulator)
+    fmodule.track_higher_grads = track_higher_grads
+    return fmodule
+
+
+def buffer_sync(
+    module: nn.Module, fmodule: nn.Module, device: torch.device | None = None
+) -> None:
+    """Copies the buffers of one module to the other, of which either may be the patched one.
+
+    Args:
+      module: from where.
+      fmodule: to where; of the same structure.
+      device: where to put them.
+    """
+    patched = isinstance(fmodule, _MonkeyPatchBase)
+    for name, buffer in module._buffers.items():
+        if buffer is None:
+            fmodule._buffers[name] = None
+            continue
+        moved = buffer.detach().clone() if device is None else buffer.detach().clone().to(device)
+        if patched:
+            moved = to_recorded(moved)
+        elif type(moved) is Recorded:
+            moved = moved.contiguous() if False else _ordinary(moved)
+        fmodule._buffers[name] = moved
+    for name, child in module._modules.items():
+        if name not in fmodule._modules:
+            raise KeyError(f"The patched module {type(fmodule).__name__} has no submodule {name}.")
+        other = fmodule._modules[name]
+        if child is not None and other is not None:
+            buffer_sync(child, other, device)
+
+
+def _ordinary(tensor: Any) -> torch.Tensor:
+    from jaxmeta_bridge.recorder import to_ordinary
+
+    with torch.no_grad():
+        return to_ordinary(tensor)

@@ -1,0 +1,127 @@
+"""The state of an optimizer in a recording, and its steps."""
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from jaxmeta_bridge import recorder
+from jaxmeta_bridge.optim import Rule
+from jaxmeta_bridge.recorder import Settings, Value
+
+
+class ParameterState(MutableMapping[str, Any]):
+    """What an optimizer keeps for a parameter, under torch's names; tensors are made on demand."""
+
+    def __init__(self) -> None:
+        self.values_: dict[str, Value] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return recorder.wrap(self.values_[name])
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        self.values_[name] = recorder.value_of(torch.as_tensor(tensor))
+
+    def __delitem__(self, name: str) -> None:
+        del self.values_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class _GroupState(dict[int, ParameterState]):
+    """State by the number of the parameter in its group; empty before the first step."""
+
+    def __missing__(self, index: int) -> ParameterState:
+        self[index] = ParameterState()
+        return self[index]
+
+
+class OptimizerState:
+    """State of all parameters of an optimizer that torch has."""
+
+    def __init__(self, rule: Rule, other: torch.optim.Optimizer, device: Any) -> None:
+        self._rule = rule
+        self._numbers: dict[Any, Value] = {}
+        self.groups = [_GroupState() for _ in other.param_groups]
+        for group, states in zip(other.param_groups, self.groups, strict=True):
+            _, static = rule.split(group)
+            for index, parameter in enumerate(group["params"]):
+                found = other.state.get(parameter)
+                if not found:
+                    continue
+                for name, tensor in rule.load(found, parameter, static).items():
+                    own = tensor.detach().clone()
+                    states[index][name] = own if device is None else own.to(device)
+
+    def update(
+        self,
+        param_groups: list[dict[str, Any]],
+        grouped_grads: list[list[Any]],
+        tracked: bool,
+        adjoint: Any,
+    ) -> None:
+        """Records a step, and puts the new parameters into the groups."""
+        settings, rows = self._settings(param_groups)
+        members = []
+        places = []
+        for number, (group, grads) in enumerate(zip(param_groups, grouped_grads, strict=True)):
+            for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+                if grad is None:
+                    continue
+                value = recorder.value_of(param)
+                state = self._state(settings[number], number, index, value, rows[number])
+                members.append((number, value, recorder.value_of(grad), state))
+                places.append((group["params"], number, index))
+        if not members:
+            return
+        options = [value for row in rows for value in row]
+        results = recorder.add_update(settings, options, members, tracked, adjoint)
+        for (params, number, index), (new, state) in zip(places, results, strict=True):
+            params[index] = recorder.wrap(new)
+            self.groups[number][index].values_ = state
+
+    def _state(
+        self, settings: Settings, group: int, index: int, param: Value, options: Sequence[Value]
+    ) -> dict[str, Value]:
+        values = self.groups[group][index].values_
+        names = recorder.state_names(settings, param, options)
+        if all(name in values for name in names):
+            return {name: values[name] for name in names}
+        start = recorder.start_state(settings, param, options, bool(self._rule.start))
+        return {name: values.get(name, start[name]) for name in names}
+
+    def _settings(
+        self, param_groups: list[dict[str, Any]]
+    ) -> tuple[list[Settings], list[list[Value]]]:
+        settings, rows = [], []
+        for group in param_groups:
+            numeric, static = self._rule.split(group)
+            names, row = [], []
+            for name, value in numeric.items():
+                if isinstance(value, tuple):
+                    names.append((name, len(value)))
+                    row += [self._option(item) for item in value]
+                else:
+                    names.append((name, 0))
+                    row.append(self._option(value))
+            settings.append(Settings(self._rule, static, tuple(names)))
+            rows.append(row)
+        return settings, rows
+
+    def _option(self, value: Any) -> Value:
+        if isinstance(value, torch.Tensor):
+            return recorder.value_of(value)
+        if isinstance(value, np.ndarray):
+            return recorder.value_of(torch.from_numpy(value))
+        number = float(value)
+        if number not in self._numbers:
+            self._numbers[number] = recorder.number(number)
+        return self._numbers[number]

@@ -1,0 +1,34 @@
+"""Records torch calls on tensors without values, and runs them as compiled JAX programs."""
+
+from jaxmeta_bridge.recorder import autodiff, eager, inplace, queries
+from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad
+from jaxmeta_bridge.recorder.capture import capture, number
+from jaxmeta_bridge.recorder.eager import to_ordinary
+from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, to_leaf, to_recorded
+from jaxmeta_bridge.recorder.graph import Value
+from jaxmeta_bridge.recorder.graph import close_window as begin_stretch
+from jaxmeta_bridge.recorder.tensor import Recorded, value_of, wrap
+from jaxmeta_bridge.recorder.update import Settings
+
+__all__ = [
+    "Recorded",
+    "Settings",
+    "Value",
+    "add_update",
+    "autodiff",
+    "begin_stretch",
+    "capture",
+    "eager",
+    "grad",
+    "inplace",
+    "number",
+    "queries",
+    "recorded_grad",
+    "start_state",
+    "state_names",
+    "to_leaf",
+    "to_ordinary",
+    "to_recorded",
+    "value_of",
+    "wrap",
+]

@@ -1,0 +1,339 @@
+"""torch's autograd on recorded tensors: `backward`, `torch.autograd.grad`, and what they rest on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from jaxmeta_bridge.recorder.execute import default_adjoint, with_graph
+from jaxmeta_bridge.recorder.gradient import add_gradient
+from jaxmeta_bridge.recorder.graph import Kind, Node, Value, add_node, close_window
+from jaxmeta_bridge.recorder.inplace import rebind, with_derivative_of
+from jaxmeta_bridge.recorder.real import is_real, make_leaf, real
+from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, record, value_of, wrap
+
+_T: Any = torch.Tensor
+_NO_GRAD = "element {} of tensors does not require grad and does not have a grad_fn"
+_UNUSED = (
+    "One of the differentiated Tensors appears to not have been used in the graph. Set "
+    "allow_unused=True if this is the desired behavior."
+)
+
+
+def _as_tuple(tensors: Any) -> tuple[Any, ...]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad` where some of the tensors are recorded."""
+    outs, ins = _as_tuple(outputs), _as_tuple(inputs)
+    weights = None if grad_outputs is None else _as_tuple(grad_outputs)
+    if is_grads_batched:
+        raise NotImplementedError(
+            "is_grads_batched=True is not supported for recorded tensors: call autograd.grad once "
+            "for each cotangent, or use jax.vmap through to_torch."
+        )
+    for index, out in enumerate(outs):
+        if not out.requires_grad:
+            raise RuntimeError(_NO_GRAD.format(index))
+        if weights is None and out.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    for tensor in ins:
+        if not tensor.requires_grad:
+            raise RuntimeError("One of the differentiated Tensors does not require grad")
+    values = _recordable(outs, ins)
+    if values is None:
+        found = _ordinary_grad(outs, ins, weights, create_graph, retain_graph)
+    else:
+        found = recorded_grad([value_of(out) for out in outs], values, weights, create_graph)
+    if materialize_grads:
+        found = [torch.zeros_like(t) if g is None else g for g, t in zip(found, ins, strict=True)]
+    elif not allow_unused and any(gradient is None for gradient in found):
+        raise RuntimeError(_UNUSED)
+    return tuple(found)
+
+
+def _recordable(outs: Sequence[Any], ins: Sequence[Any]) -> list[Value] | None:
+    """The values to differentiate by, where the recording alone knows all ways to them."""
+    if not all(type(out) is Recorded for out in outs):
+        return None
+    if not all(type(tensor) is Recorded for tensor in ins):
+        return None
+    values = [tensor._value for tensor in ins]
+    # What torch's own graph has seen may have gone through ordinary tensors.
+    return None if any(is_real(value) for value in values) else values
+
+
+def recorded_grad(
+    outs: Sequence[Value], ins: Sequence[Value], weights: Any, create_graph: bool
+) -> list[Any]:
+    """The gradients as recorded tensors."""
+    if weights is not None:
+        weights = [
+            value_of(torch.ones_like(wrap(o)) if w is None else w)
+            for w, o in zip(weights, outs, strict=True)
+        ]
+    gradients = add_gradient(outs, ins, weights, create_graph)
+    return [None if gradient is None else wrap(gradient) for gradient in gradients]
+
+
+def _ordinary_grad(
+    outs: Sequence[Any], ins: Sequence[Any], weights: Any, create: bool, retain: bool | None
+) -> list[Any]:
+    """The gradients by torch's own graph."""
+    if all(type(out) is Recorded for out in outs) and not any(
+        type(t) is Recorded and not _is_input(t) for t in ins
+    ):
+        reals = with_graph([out._value for out in outs], default_adjoint())
+    else:
+        reals = [real(out._value) if type(out) is Recorded else out for out in outs]
+    sources = [real(t._value) if type(t) is Recorded else t for t in ins]
+    if weights is not None:
+        weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
+    return list(
+        torch.autograd.grad(
+            reals, sources, weights, retain_graph=retain, create_graph=create, allow_unused=True
+        )
+    )
+
+
+def _is_input(tensor: Recorded) -> bool:
+    if tensor._value.leaf and tensor._value.node is not None:
+        make_leaf(tensor._value)
+    return tensor._value.node is None
+
+
+def _grad_handler(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return grad(*args, **kwargs)
+
+
+def backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """`torch.autograd.backward` where some of the tensors are recorded."""
+    outs = _as_tuple(tensors)
+    weights = None if grad_tensors is None else _as_tuple(grad_tensors)
+    for index, out in enumerate(outs):
+        if not out.requires_grad:
+            raise RuntimeError(_NO_GRAD.format(index))
+        if (weights is None or weights[index] is None) and out.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    if weights is not None:
+        weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
+    recorded = [out for out in outs if type(out) is Recorded]
+    reals = iter(with_graph([out._value for out in recorded], default_adjoint()))
+    roots = [next(reals) if type(out) is Recorded else out for out in outs]
+    if inputs is not None:
+        inputs = [real(t._value) if type(t) is Recorded else t for t in _as_tuple(inputs)]
+    torch.autograd.backward(roots, weights, retain_graph, create_graph, inputs=inputs)
+
+
+def _backward_handler(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    backward(*args, **kwargs)
+
+
+def _backward_method(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    names = ("gradient", "retain_graph", "create_graph", "inputs")
+    given = dict(zip(names, args[1:], strict=False)) | kwargs
+    weight = given.pop("gradient", None)
+    backward(args[0], None if weight is None else (weight,), **given)
+
+
+def _requires_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    return args[0]._value.kind.grad
+
+
+def _is_leaf(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    value = args[0]._value
+    return value.leaf or not value.kind.grad
+
+
+class RecordedFunction:
+    """What `grad_fn` of a recorded tensor is."""
+
+    def __init__(self, node: Node | None) -> None:
+        self._node = node
+
+    def name(self) -> str:
+        return f"{self._node.op.name}Recorded" if self._node else "InputRecorded"
+
+    @property
+    def next_functions(self) -> tuple[tuple["RecordedFunction", int], ...]:
+        values = self._node.inputs if self._node else ()
+        return tuple((RecordedFunction(v.node), v.index) for v in values if v.kind.grad)
+
+    def __repr__(self) -> str:
+        return f"<{self.name()}>"
+
+
+def _grad_fn(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    value = args[0]._value
+    return RecordedFunction(value.node) if value.kind.grad and not value.leaf else None
+
+
+def _set_requires_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    tensor, flag = args[0], args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    value = tensor._value
+    if flag == value.kind.grad:
+        return tensor
+    if not flag and not value.leaf:
+        raise RuntimeError(
+            "you can only change requires_grad flags of leaf variables. If you want to use a "
+            "computed variable in a subgraph that doesn't require differentiation use "
+            "var_no_grad = var.detach()."
+        )
+    if flag and not (value.kind.dtype.is_floating_point or value.kind.dtype.is_complex):
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+    new = _flagged(value, flag)
+    tensor._value = new
+    return tensor
+
+
+class _FlagOp:
+    """The same value with another flag."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kinds = (kind,)
+        self.name = "requires_grad_"
+
+    def lower(self, inputs: Sequence[Any], adjoint: Any) -> list[Any]:
+        return [inputs[0]]
+
+
+_FLAGS: dict[Kind, _FlagOp] = {}
+
+
+def _flagged(value: Value, flag: bool) -> Value:
+    kind = Kind.of(value.kind.shape, value.kind.dtype, flag)
+    if value.node is None:
+        data = value.data.detach().requires_grad_(flag)
+        new = Value(kind, None, 0, data)
+    else:
+        op = _FLAGS.setdefault(kind, _FlagOp(kind))
+        close_window()
+        new = Value(kind, add_node(op, (value,)), 0)
+        close_window()
+    new.leaf = flag
+    return new
+
+
+def _get_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    value = args[0]._value
+    stored = args[0].__dict__.get("_retained")
+    if stored is not None:
+        return stored.grad
+    if value.leaf and value.node is None:
+        return value.data.grad
+    return args[0].__dict__.get("_grad")
+
+
+def _set_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    tensor, new = args
+    if type(tensor) is not Recorded:
+        with torch._C.DisableTorchFunctionSubclass():
+            func(tensor, HANDLERS["ordinary"](new))
+        return
+    value = tensor._value
+    if type(new) is Recorded:
+        new = HANDLERS["ordinary"](new)
+    if value.leaf and value.kind.grad:
+        if value.node is not None:
+            make_leaf(value)
+        value.data.grad = new
+    else:
+        tensor.__dict__["_grad"] = new
+
+
+def _retain_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    tensor = args[0]
+    value = tensor._value
+    if not value.kind.grad:
+        raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
+    if value.leaf or "_retained" in tensor.__dict__:
+        return
+    # Zeros that are added here collect the gradient that arrives here.
+    zeros = torch.zeros(value.kind.shape, dtype=value.kind.dtype, requires_grad=True)
+    tensor.__dict__["_retained"] = zeros
+    with torch.enable_grad():
+        tensor._value = record(_T.add, (tensor, zeros), {})._value
+
+
+def _retains_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    return "_retained" in args[0].__dict__
+
+
+def _get_data(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    with torch.no_grad():
+        return record(_T.detach, args, {})
+
+
+def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    tensor, new = args
+    if type(tensor) is not Recorded:
+        with torch._C.DisableTorchFunctionSubclass():
+            func(tensor, HANDLERS["ordinary"](new).detach())
+        return
+    value = tensor._value
+    if value.leaf and value.kind.grad:
+        replaced = Value(value.kind, None, 0, HANDLERS["ordinary"](new).detach().clone())
+        replaced.data.requires_grad_()
+        replaced.data.grad = value.data.grad if value.node is None else None
+        replaced.leaf = True
+        tensor._value = replaced
+        return
+    if value.kind.grad:
+        rebind(tensor, value_of(record(with_derivative_of, (new, tensor), {})))
+    else:
+        rebind(tensor, value_of(new.detach()))
+
+
+def _hook(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    value = args[0]._value
+    if value.leaf and value.node is None:
+        return func(value.data, *args[1:], **kwargs)
+    raise NotImplementedError(
+        "A gradient hook on a recorded tensor is not supported: the gradient passes through a "
+        "compiled program. Use grad_callback of the optimizer, torch.autograd.grad with "
+        "create_graph=True, or retain_grad()."
+    )
+
+
+def _detach_(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    args[0]._value = value_of(args[0].detach())
+    return args[0]
+
+
+HANDLERS |= {
+    torch.autograd.grad: _grad_handler,
+    torch.autograd.backward: _backward_handler,
+    _T.backward: _backward_method,
+    _T.requires_grad.__get__: _requires_grad,
+    _T.requires_grad.__set__: _set_requires_grad,
+    _T.requires_grad_: _set_requires_grad,
+    _T.is_leaf.__get__: _is_leaf,
+    _T.grad_fn.__get__: _grad_fn,
+    _T.grad.__get__: _get_grad,
+    _T.grad.__set__: _set_grad,
+    _T.retain_grad: _retain_grad,
+    _T.retains_grad.__get__: _retains_grad,
+    _T.data.__get__: _get_data,
+    _T.data.__set__: _set_data,
+    _T.register_hook: _hook,
+    _T.detach_: _detach_,
+    torch.detach_: _detach_,
+}

@@ -1,0 +1,68 @@
+"""Ordinary tensors that enter a recording.
+
+They are copied when they enter, as torch's own operations read them then: what a script does to
+them afterwards, in place, through NumPy or by an optimizer, changes nothing that was recorded.
+The copy of a tensor that requires grad is an operation of torch's autograd, so gradients find the
+tensor, and whatever made it. One that comes again unchanged is the same input again.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+from jaxmeta_bridge.dlpack import check_tensor, is_wrapped
+from jaxmeta_bridge.recorder.graph import Kind, Value
+
+
+class _Seen(threading.local):
+    def __init__(self) -> None:
+        self.by_id: dict[int, tuple[Any, int, bool, Any]] = {}
+
+
+_SEEN = _Seen()
+
+
+def capture(tensor: torch.Tensor) -> Value:
+    """The input that stands for the present contents of an ordinary tensor."""
+    key = id(tensor)
+    found = _SEEN.by_id.get(key)
+    grad = tensor.requires_grad
+    version = 0 if tensor.is_inference() else tensor._version
+    if (
+        found is not None
+        and found[0]() is tensor
+        and found[1] == version
+        and found[2] == grad
+        and (value := found[3]()) is not None
+        and torch.equal(tensor.detach(), value.data)
+    ):
+        return value
+    if not is_wrapped(tensor):
+        check_tensor(tensor, "a tensor in the inner loop")
+    value = Value(
+        Kind.of(tuple(tensor.shape), tensor.dtype, grad),
+        None,
+        0,
+        _copy(tensor),
+    )
+    if not is_wrapped(tensor):
+        reference = weakref.ref(tensor, lambda _: _SEEN.by_id.pop(key, None))
+        _SEEN.by_id[key] = (reference, version, grad, weakref.ref(value))
+    return value
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.requires_grad:
+        with torch.inference_mode(False), torch.enable_grad():
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def number(value: complex) -> Value:
+    """A Python number as an input, so that another one compiles nothing."""
+    return Value(_NUMBER, None, 0, value)
+
+
+_NUMBER = Kind.of((), torch.float64, False)

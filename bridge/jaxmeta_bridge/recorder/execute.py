@@ -1,0 +1,176 @@
+"""Compiles plans, and runs them on the inputs of a recording."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import jaxmeta
+from jaxmeta_bridge.autograd import Program, apply, execute
+from jaxmeta_bridge.dlpack import adopt
+from jaxmeta_bridge.recorder.emit import Address, Emitter
+from jaxmeta_bridge.recorder.graph import Value
+from jaxmeta_bridge.recorder.loops import OWN, Loop, Part, find_loops
+from jaxmeta_bridge.recorder.plan import Plan, make_plan
+
+
+@dataclass
+class Statistics:
+    """How often programs were compiled and run since the start, or since they were reset."""
+
+    compiled: int = 0
+    run: int = 0
+
+
+STATISTICS = Statistics()
+
+
+class CompiledPlan:
+    """A plan, ready to run.
+
+    Its operands are, in a row: the inputs that may be differentiated and those used by themselves,
+    one by one; stacks of what the iterations of a loop take each for itself.
+    """
+
+    def __init__(self, plan: Plan, adjoint: Any) -> None:
+        self.plan = plan
+        self.parts = find_loops(plan.leaves, 0, len(plan.leaves))
+        self.stacks = _stacks(plan, self.parts)
+        stacked = {index for numbers in self.stacks.values() for index in numbers}
+        single = set(range(len(plan.inputs))) - stacked | _used_alone(plan, self.parts, self.stacks)
+        self.singles = sorted(single)
+        emitter = Emitter(plan, self.parts, adjoint)
+        places = {index: place for place, index in enumerate(self.singles)}
+        addresses = list(self.stacks)
+
+        def function(*operands: Any) -> list[Any]:
+            stacks = dict(zip(addresses, operands[len(places) :], strict=True))
+            return emitter.evaluate(lambda index: operands[places[index]], stacks)
+
+        self.program = Program(function)
+        STATISTICS.compiled += 1
+
+    def operands(self, inputs: Sequence[Value]) -> list[Any]:
+        """The operands for these inputs."""
+        row = [_operand(inputs[index]) for index in self.singles]
+        for numbers in self.stacks.values():
+            row.append(_stack([inputs[index].data for index in numbers]))
+        return row
+
+
+def _operand(value: Value) -> Any:
+    if value.node is not None or value.data is None:
+        return value.array
+    return value.data
+
+
+def _stack(items: list[Any]) -> Any:
+    if isinstance(items[0], torch.Tensor):
+        return torch.stack(items)
+    return np.array(items, np.complex128 if isinstance(items[0], complex) else np.float64)
+
+
+def _stacks(plan: Plan, parts: Sequence[Part]) -> dict[Address, list[int]]:
+    """What can be stacked before the program runs: constant inputs, one an iteration."""
+    found: dict[Address, list[int]] = {}
+    for part in parts:
+        if not isinstance(part, Loop):
+            continue
+        for (offset, external), role in part.roles.items():
+            if role[0] != OWN:
+                continue
+            leaves = range(part.start + offset, part.stop, part.period)
+            sources = [plan.leaves[leaf].source(external) for leaf in leaves]
+            if all(type(s) is int for s in sources):
+                kinds = {plan.inputs[~s] for s in sources}
+                if len(kinds) == 1 and not next(iter(kinds))[0].grad and _is_plain(kinds):
+                    found[part.start + offset, external] = [~s for s in sources]
+    return found
+
+
+def _is_plain(kinds: set[Any]) -> bool:
+    return all(sort is not type(None) for _, sort in kinds)
+
+
+def _used_alone(
+    plan: Plan, parts: Sequence[Part], stacks: dict[Address, list[int]]
+) -> set[int]:
+    """Inputs that something takes by themselves, though a loop may have them in a stack as well."""
+    alone = {~ref for ref in plan.wanted if type(ref) is int}
+    for part in parts:
+        if not isinstance(part, Loop):
+            alone |= {~s for s in plan.leaves[part].sources if type(s) is int}
+            continue
+        for (offset, external), role in part.roles.items():
+            if (part.start + offset, external) in stacks:
+                continue
+            count = 1 if role[0] != OWN else part.count
+            for iteration in range(count):
+                leaf = plan.leaves[part.start + iteration * part.period + offset]
+                source = leaf.source(external)
+                if type(source) is int:
+                    alone.add(~source)
+    return alone
+
+
+_PLANS: dict[Any, CompiledPlan] = {}
+_COMPILING = threading.RLock()
+
+
+def compiled(plan: Plan, adjoint: Any) -> CompiledPlan:
+    """The program for a plan, compiled once."""
+    key = (plan, adjoint)
+    found = _PLANS.get(key)
+    if found is None:
+        with _COMPILING:
+            found = _PLANS.get(key) or _PLANS.setdefault(key, CompiledPlan(plan, adjoint))
+    return found
+
+
+def default_adjoint() -> Any:
+    """How loops are differentiated if nobody says otherwise."""
+    return jaxmeta.ReverseMode()
+
+
+def compute(values: Sequence[Value], adjoint: Any = None) -> None:
+    """Gives each of the values its array."""
+    missing = [value for value in values if value.node is not None and value.array is None]
+    if not missing:
+        return
+    plan, inputs = make_plan(missing, lambda value: value.array is not None)
+    program = compiled(plan, adjoint or default_adjoint())
+    STATISTICS.run += 1
+    row = [o.detach() if isinstance(o, torch.Tensor) else o for o in program.operands(inputs)]
+    outputs, _ = execute(program.program.run, row)
+    for value, output in zip(missing, outputs, strict=True):
+        value.array = output
+
+
+def read(value: Value) -> torch.Tensor:
+    """What a value is, as an ordinary tensor of its own without gradient."""
+    if value.node is None:
+        return value.data.detach().clone()
+    compute([value])
+    tensor = adopt([value.array])[0].clone()
+    if not value.kind.grad:  # nothing leads back from here: what it was computed from may go
+        value.data, value.node, value.array = tensor, None, None
+        return tensor.clone()
+    return tensor
+
+
+def with_graph(values: Sequence[Value], adjoint: Any = None) -> list[torch.Tensor]:
+    """The values as tensors of torch's autograd, which leads to all inputs that require grad."""
+    plan, inputs = make_plan(values, _is_constant_array)
+    program = compiled(plan, adjoint or default_adjoint())
+    STATISTICS.run += 1
+    with torch.enable_grad():
+        outputs, _ = apply(program.program, program.operands(inputs))
+    return list(outputs)
+
+
+def _is_constant_array(value: Value) -> bool:
+    return value.array is not None and not value.kind.grad
+

@@ -1,0 +1,125 @@
+"""Which windows of a recording some values need, and how they hang together.
+
+A plan is all that a compiled program depends on: two recordings with equal plans run the same
+program on different inputs.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, Value, Window, analyse
+
+# Where a window takes a value from: an input, as ~number; or (window number, ref in it).
+Ref = Any
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A window in a plan."""
+
+    state: State
+    needed: tuple[int, ...]  # of its values, as refs
+    externals: tuple[int, ...]  # which of its externals these depend on
+    sources: tuple[Ref, ...]  # where each of them comes from
+
+    def source(self, external: int) -> Ref:
+        return self.sources[self.externals.index(external)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Windows in order, where the wanted values are found, and which inputs can be differentiated.
+
+    Hashable: the key of the compiled program.
+    """
+
+    leaves: tuple[Leaf, ...]
+    wanted: tuple[Ref, ...]
+    inputs: tuple[tuple[Any, type], ...]  # kind, and what sort of data, of each input
+
+
+def make_plan(
+    wanted: Sequence[Value], is_input: Callable[[Value], bool]
+) -> tuple[Plan, list[Value]]:
+    """The plan for `wanted`, and its inputs.
+
+    Args:
+      wanted: values to compute.
+      is_input: whether a value that a node made is taken as given.
+    """
+    needs = _needs(wanted, is_input)
+    order = sorted(needs, key=lambda window: window.serial)
+    number = {window: index for index, window in enumerate(order)}
+    inputs: list[Value] = []
+    slots: dict[int, int] = {}
+
+    def source(value: Value) -> Ref:
+        node = value.node
+        if node is not None and not is_input(value):
+            return number[node.window], node.position << INDEX_BITS | value.index
+        slot = slots.get(id(value))
+        if slot is None:
+            slot = slots[id(value)] = len(inputs)
+            inputs.append(value)
+        return ~slot
+
+    leaves = []
+    for window in order:
+        needed = needs[window]
+        externals = analyse(window.state, needed).externals
+        found = window.externals
+        sources = tuple([source(found[external]) for external in externals])
+        leaves.append(Leaf(window.state, tuple(sorted(needed)), externals, sources))
+    targets = tuple([source(value) for value in wanted])
+    sorts = tuple([(value.kind, type(value.data)) for value in inputs])
+    return Plan(tuple(leaves), targets, sorts), inputs
+
+
+def _needs(
+    wanted: Iterable[Value], is_input: Callable[[Value], bool]
+) -> dict[Window, frozenset[int]]:
+    """Which values of which windows are needed.
+
+    Windows of equal structure are asked for the same values, so that they stay equal.
+    """
+    unions: dict[State, set[int]] = {}
+    while True:
+        needs, grown = _pass(wanted, is_input, unions)
+        if not grown:
+            return {window: frozenset(unions[window.state]) for window in needs}
+
+
+def _pass(
+    wanted: Iterable[Value], is_input: Callable[[Value], bool], unions: dict[State, set[int]]
+) -> tuple[set[Window], bool]:
+    heap: list[tuple[int, Window]] = []
+    found: set[Window] = set()
+    visited: set[State] = set()
+    grown = False
+
+    def need(value: Value) -> None:
+        nonlocal grown
+        node = value.node
+        if node is None or is_input(value):
+            return
+        window = node.window
+        if window not in found:
+            found.add(window)
+            heapq.heappush(heap, (-window.serial, window))
+        union = unions.setdefault(window.state, set())
+        ref = node.position << INDEX_BITS | value.index
+        if ref not in union:
+            union.add(ref)
+            grown = grown or window.state in visited
+
+    for value in wanted:
+        need(value)
+    while heap:
+        window = heapq.heappop(heap)[1]
+        visited.add(window.state)
+        externals = window.externals
+        for external in analyse(window.state, frozenset(unions[window.state])).externals:
+            need(externals[external])
+    return found, grown

@@ -1,0 +1,232 @@
+"""`Recorded`: a tensor without a value yet, and what happens to the torch calls that meet it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jaxmeta_bridge.recorder import calls
+from jaxmeta_bridge.recorder.calls import Outcome, Slot
+from jaxmeta_bridge.recorder.capture import capture, number
+from jaxmeta_bridge.recorder.graph import Node, Value, add_node
+
+# What answers a torch function in another way than by recording it; filled by other files.
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+class Recorded(torch.Tensor):
+    """A tensor of a recording: shape and dtype are known, the value is computed when needed."""
+
+    _value: Value
+    _views: list[Any] | None
+    _origin: "tuple[Recorded, CallRecord] | None"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            return handler(func, args, kwargs or {})
+        return record(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Reached from C++ that passes by __torch_function__.
+        return HANDLERS["dispatch"](func, args, kwargs or {})
+
+
+_make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+_CPU = torch.device("cpu")
+
+
+def wrap(value: Value) -> Recorded:
+    """A new tensor object for a value."""
+    kind = value.kind
+    tensor = _make(Recorded, kind.shape, dtype=kind.dtype, device=_CPU)
+    tensor._value = value
+    tensor._views = None
+    tensor._origin = None
+    return tensor
+
+
+def value_of(tensor: torch.Tensor) -> Value:
+    """The value that a tensor stands for, captured if it is an ordinary one."""
+    if type(tensor) is Recorded:
+        return tensor._value
+    return capture(tensor)
+
+
+class CallRecord:
+    """A call that was recorded: what is needed to record it again with other tensors."""
+
+    __slots__ = ("inputs", "outcome")
+
+    def __init__(self, outcome: Outcome, inputs: tuple[Value, ...]) -> None:
+        self.outcome = outcome
+        self.inputs = inputs
+
+
+_OUTCOMES: dict[Any, Outcome | None] = {}
+_MISSING: Any = object()
+_is_autocast: Any = torch.is_autocast_enabled
+
+
+def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Records a call, or has it computed by ordinary means where it cannot be recorded."""
+    tensors: list[torch.Tensor] = []
+    values: list[Value] = []
+    numbers: list[Value] | None = [] if func in _ARITHMETIC else None
+    try:
+        key = [func, torch.is_grad_enabled(), _autocast(), torch.get_default_dtype()]
+        for arg in args:
+            key.append(_key(arg, tensors, values, numbers))
+        if kwargs:
+            for name, arg in kwargs.items():
+                key.append((name, _key(arg, tensors, values, None)))
+        key = tuple(key)
+        outcome = _OUTCOMES.get(key, _MISSING)
+    except TypeError:  # not hashable
+        return HANDLERS["eager"](func, args, kwargs)
+    if outcome is _MISSING:
+        outcome = _OUTCOMES[key] = _study(func, args, kwargs, values, numbers)
+    if outcome is None:
+        return HANDLERS["eager"](func, args, kwargs)
+    op = outcome.op
+    if op.written:
+        return HANDLERS["in-place"](func, args, kwargs, outcome, tensors, values, numbers)
+    inputs = values + numbers if numbers else values
+    if op.draws:
+        inputs = inputs + [capture(draw()) for draw in op.draws]
+    node = add_node(op, tuple(inputs))
+    if outcome.single:
+        same = outcome.same[0]
+        if same is not None:
+            return tensors[same]
+        result = wrap(Value(op.kinds[0], node, 0))
+        if outcome.views[0] is not None:
+            _note_view(result, tensors[outcome.views[0]], outcome, inputs)
+        return result
+    return _wrap_all(outcome, node, tensors, inputs)
+
+
+def _wrap_all(
+    outcome: Outcome, node: Node, tensors: list[torch.Tensor], inputs: list[Value]
+) -> Any:
+    results = []
+    for index in range(outcome.count):
+        same, base = outcome.same[index], outcome.views[index]
+        if same is not None:
+            results.append(tensors[same])
+            continue
+        result = wrap(Value(outcome.op.kinds[index], node, index))
+        if base is not None:
+            _note_view(result, tensors[base], outcome, inputs, index)
+        results.append(result)
+    return outcome.rebuild(results)
+
+
+def _note_view(
+    view: Recorded, base: torch.Tensor, outcome: Outcome, inputs: list[Value], index: int = 0
+) -> None:
+    HANDLERS["view"](view, base, outcome, inputs, index)
+
+
+def _study(func: Any, args: Any, kwargs: Any, values: list[Value], numbers: Any) -> Outcome | None:
+    count = 0
+
+    def slot(arg: Any, numeric: bool) -> Any:
+        nonlocal count
+        if isinstance(arg, torch.Tensor):
+            count += 1
+            return Slot(count - 1)
+        if numeric and type(arg) in (float, int):
+            found = next(n for n in remaining)
+            return Slot(found)
+        if isinstance(arg, tuple | list):
+            items = [slot(item, False) for item in arg]
+            return type(arg)(*items) if hasattr(arg, "_fields") else type(arg)(items)
+        if isinstance(arg, dict):
+            return {name: slot(item, False) for name, item in arg.items()}
+        if isinstance(arg, slice):
+            return slice(slot(arg.start, False), slot(arg.stop, False), slot(arg.step, False))
+        return arg
+
+    numeric = bool(numbers)
+    total = len(values) + len(numbers or ())
+    remaining = iter(range(len(values), total))
+    template = tuple(slot(arg, numeric) for arg in args)
+    keywords = {name: slot(arg, False) for name, arg in kwargs.items()}
+    kinds = [value.kind for value in [*values, *(numbers or ())]]
+    return calls.study(func, template, keywords, kinds, len(numbers or ()), _autocast())
+
+
+def _key(arg: Any, tensors: list[torch.Tensor], values: list[Value], numbers: Any) -> Any:
+    kind = type(arg)
+    if kind is Recorded:
+        tensors.append(arg)
+        values.append(arg._value)
+        return arg._value.kind
+    if isinstance(arg, torch.Tensor):
+        tensors.append(arg)
+        value = capture(arg)
+        values.append(value)
+        return value.kind
+    if kind is float or kind is int:
+        if numbers is not None and _is_traceable(arg, values):
+            numbers.append(number(arg))
+            return kind
+        return kind, arg, str(arg) if arg == 0 else None
+    if kind is tuple or kind is list or kind is torch.Size:
+        return (kind, *[_key(item, tensors, values, None) for item in arg])
+    if kind is slice:
+        parts = (arg.start, arg.stop, arg.step)
+        return (kind, *[_key(item, tensors, values, None) for item in parts])
+    if kind is dict:
+        return (kind, *[(k, _key(item, tensors, values, None)) for k, item in arg.items()])
+    if isinstance(arg, _STATIC):
+        return kind, arg
+    raise TypeError(f"cannot tell two {kind.__name__}s apart")
+
+
+_STATIC = (
+    bool,
+    complex,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type(Ellipsis),
+)
+
+
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if _is_autocast("cpu") else None
+
+
+_T = torch.Tensor
+# Arithmetic with a Python number, which becomes an input of the program.
+_ARITHMETIC = {
+    *(_T.add, _T.sub, _T.mul, _T.div, _T.true_divide, _T.multiply, _T.subtract, _T.divide),
+    *(_T.__add__, _T.__sub__, _T.__mul__, _T.__truediv__, _T.__radd__, _T.__rsub__, _T.__rmul__),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.true_divide, torch.multiply, torch.divide),
+    *(_T.__rtruediv__, _T.__rdiv__, _T.__div__),
+    *(_T.__iadd__, _T.__isub__, _T.__imul__, _T.__itruediv__, _T.add_, _T.sub_, _T.mul_, _T.div_),
+}
+
+
+def _is_traceable(arg: float, values: list[Value]) -> bool:
+    """Whether a number may become a tensor without changing the result's dtype or value."""
+    dtypes = {value.kind.dtype for value in values}
+    return bool(values) and dtypes <= _WIDE
+
+
+_WIDE = {torch.float32, torch.float64}
