@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from jaxmeta_bridge.recorder.execute import default_adjoint, with_graph
+from jaxmeta_bridge.recorder.execute import default_adjoint, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
-from jaxmeta_bridge.recorder.graph import Kind, Node, Value, add_node, close_window
+from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window
 from jaxmeta_bridge.recorder.inplace import rebind, with_derivative_of
-from jaxmeta_bridge.recorder.real import is_real, make_leaf, real
+from jaxmeta_bridge.recorder.real import is_real, real
 from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, record, value_of, wrap
 
 _T: Any = torch.Tensor
@@ -108,9 +108,9 @@ def _ordinary_grad(
 
 
 def _is_input(tensor: Recorded) -> bool:
-    if tensor._value.leaf and tensor._value.node is not None:
+    if tensor._value.leaf:
         make_leaf(tensor._value)
-    return tensor._value.node is None
+    return tensor._value.window is None
 
 
 def _grad_handler(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -166,16 +166,17 @@ def _is_leaf(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
 class RecordedFunction:
     """What `grad_fn` of a recorded tensor is."""
 
-    def __init__(self, node: Node | None) -> None:
-        self._node = node
+    def __init__(self, value: Value) -> None:
+        self._value = value
 
     def name(self) -> str:
-        return f"{self._node.op.name}Recorded" if self._node else "InputRecorded"
+        return "InputRecorded" if self._value.window is None else f"{self._value.op.name}Recorded"
 
     @property
     def next_functions(self) -> tuple[tuple["RecordedFunction", int], ...]:
-        values = self._node.inputs if self._node else ()
-        return tuple((RecordedFunction(v.node), v.index) for v in values if v.kind.grad)
+        if self._value.window is None:
+            return ()
+        return tuple((RecordedFunction(v), 0) for v in self._value.operands() if v.kind.grad)
 
     def __repr__(self) -> str:
         return f"<{self.name()}>"
@@ -183,7 +184,7 @@ class RecordedFunction:
 
 def _grad_fn(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     value = args[0]._value
-    return RecordedFunction(value.node) if value.kind.grad and not value.leaf else None
+    return RecordedFunction(value) if value.kind.grad and not value.leaf else None
 
 
 def _set_requires_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -220,13 +221,12 @@ _FLAGS: dict[Kind, _FlagOp] = {}
 
 def _flagged(value: Value, flag: bool) -> Value:
     kind = Kind.of(value.kind.shape, value.kind.dtype, flag)
-    if value.node is None:
-        data = value.data.detach().requires_grad_(flag)
-        new = Value(kind, None, 0, data)
+    if value.window is None:
+        new = Value.input(kind, value.data.detach().requires_grad_(flag))
     else:
         op = _FLAGS.setdefault(kind, _FlagOp(kind))
         close_window()
-        new = Value(kind, add_node(op, (value,)), 0)
+        new = add(op, (value,))[0]
         close_window()
     new.leaf = flag
     return new
@@ -237,7 +237,7 @@ def _get_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     stored = args[0].__dict__.get("_retained")
     if stored is not None:
         return stored.grad
-    if value.leaf and value.node is None:
+    if value.leaf and value.window is None:
         return value.data.grad
     return args[0].__dict__.get("_grad")
 
@@ -252,9 +252,7 @@ def _set_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     if type(new) is Recorded:
         new = HANDLERS["ordinary"](new)
     if value.leaf and value.kind.grad:
-        if value.node is not None:
-            make_leaf(value)
-        value.data.grad = new
+        make_leaf(value).grad = new
     else:
         tensor.__dict__["_grad"] = new
 
@@ -290,10 +288,9 @@ def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         return
     value = tensor._value
     if value.leaf and value.kind.grad:
-        replaced = Value(value.kind, None, 0, HANDLERS["ordinary"](new).detach().clone())
-        replaced.data.requires_grad_()
-        replaced.data.grad = value.data.grad if value.node is None else None
-        replaced.leaf = True
+        data = HANDLERS["ordinary"](new).detach().clone().requires_grad_()
+        data.grad = None if value.window is not None else value.data.grad
+        replaced = Value.input(value.kind, data, leaf=True)
         tensor._value = replaced
         return
     if value.kind.grad:
@@ -304,8 +301,8 @@ def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
 def _hook(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     value = args[0]._value
-    if value.leaf and value.node is None:
-        return func(value.data, *args[1:], **kwargs)
+    if value.leaf:
+        return func(make_leaf(value), *args[1:], **kwargs)
     raise NotImplementedError(
         "A gradient hook on a recorded tensor is not supported: the gradient passes through a "
         "compiled program. Use grad_callback of the optimizer, torch.autograd.grad with "

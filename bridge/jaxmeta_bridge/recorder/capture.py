@@ -41,12 +41,7 @@ def capture(tensor: torch.Tensor) -> Value:
         return value
     if not is_wrapped(tensor):
         check_tensor(tensor, "a tensor in the inner loop")
-    value = Value(
-        Kind.of(tuple(tensor.shape), tensor.dtype, grad),
-        None,
-        0,
-        _copy(tensor),
-    )
+    value = Value.input(Kind.of(tuple(tensor.shape), tensor.dtype, grad), _copy(tensor))
     if not is_wrapped(tensor):
         reference = weakref.ref(tensor, lambda _: _SEEN.by_id.pop(key, None))
         _SEEN.by_id[key] = (reference, version, grad, weakref.ref(value))
@@ -62,7 +57,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def number(value: complex) -> Value:
     """A Python number as an input, so that another one compiles nothing."""
-    return Value(_NUMBER, None, 0, value)
+    return Value.input(_NUMBER, value)
 
 
 _NUMBER = Kind.of((), torch.float64, False)

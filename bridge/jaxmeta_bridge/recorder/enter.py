@@ -7,7 +7,7 @@ import torch
 
 from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.recorder.execute import compute
-from jaxmeta_bridge.recorder.graph import Kind, Value, add_node, outputs_of
+from jaxmeta_bridge.recorder.graph import Kind, Value, add
 from jaxmeta_bridge.recorder.tensor import Recorded, wrap
 from jaxmeta_bridge.recorder.update import Member, Settings, start_op, update_op
 
@@ -21,10 +21,8 @@ def to_leaf(tensor: torch.Tensor, requires_grad: bool) -> Recorded:
     """A recorded tensor of its own, where gradients accumulate; it takes over `tensor`."""
     if type(tensor) is Recorded:
         return tensor.detach().requires_grad_(requires_grad)
-    value = Value(Kind.of(tuple(tensor.shape), tensor.dtype, requires_grad), None, 0)
-    value.data = tensor.requires_grad_(requires_grad)
-    value.leaf = requires_grad
-    return wrap(value)
+    kind = Kind.of(tuple(tensor.shape), tensor.dtype, requires_grad)
+    return wrap(Value.input(kind, tensor.requires_grad_(requires_grad), leaf=requires_grad))
 
 
 def state_names(settings: Settings, param: Value, options: Sequence[Value]) -> tuple[str, ...]:
@@ -45,14 +43,14 @@ def start_state(
     """
     kinds = tuple(option.kind for option in options)
     op = start_op(settings, param.kind, kinds)
-    if depends and any(option.kind.grad or option.node is not None for option in options):
-        return dict(zip(op.names, outputs_of(add_node(op, tuple(options))), strict=True))
+    if depends and any(option.kind.grad or option.window is not None for option in options):
+        return dict(zip(op.names, add(op, options), strict=True))
     key = (op, tuple(_content(option) for option in options) if depends else None)
     if key not in _STATES:
-        values = outputs_of(add_node(op, tuple(options)))
+        values = add(op, options)
         compute(values)
         _STATES[key] = {
-            name: Value(value.kind, None, 0, torch.from_dlpack(value.array).clone())
+            name: Value.input(value.kind, torch.from_dlpack(value.array).clone())
             for name, value in zip(op.names, values, strict=True)
         }
     return _STATES[key]
@@ -92,7 +90,7 @@ def add_update(
     inputs = list(options)
     for _, p, g, state in members:
         inputs += [p, g, *state.values()]
-    outputs = iter(outputs_of(add_node(op, tuple(inputs))))
+    outputs = iter(add(op, inputs))
     results = []
     for _, _, _, state in members:
         new = next(outputs)

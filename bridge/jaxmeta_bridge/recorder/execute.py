@@ -62,9 +62,7 @@ class CompiledPlan:
 
 
 def _operand(value: Value) -> Any:
-    if value.node is not None or value.data is None:
-        return value.array
-    return value.data
+    return value.data if value.window is None else value.array
 
 
 def _stack(items: list[Any]) -> Any:
@@ -137,33 +135,36 @@ def default_adjoint() -> Any:
 
 def compute(values: Sequence[Value], adjoint: Any = None) -> None:
     """Gives each of the values its array."""
-    missing = [value for value in values if value.node is not None and value.array is None]
+    missing = [v for v in values if v.window is not None and v.array is None]
     if not missing:
         return
-    plan, inputs = make_plan(missing, lambda value: value.array is not None)
+    plan, inputs = make_plan(missing, lambda v: v.ref in v.window.arrays)
     program = compiled(plan, adjoint or default_adjoint())
     STATISTICS.run += 1
     row = [o.detach() if isinstance(o, torch.Tensor) else o for o in program.operands(inputs)]
     outputs, _ = execute(program.program.run, row)
     for value, output in zip(missing, outputs, strict=True):
-        value.array = output
+        assert value.window is not None
+        value.window.arrays[value.ref] = output
 
 
 def read(value: Value) -> torch.Tensor:
     """What a value is, as an ordinary tensor of its own without gradient."""
-    if value.node is None:
-        return value.data.detach().clone()
+    if value.window is None:
+        return torch.as_tensor(value.data).detach().clone()
     compute([value])
     tensor = adopt([value.array])[0].clone()
     if not value.kind.grad:  # nothing leads back from here: what it was computed from may go
-        value.data, value.node, value.array = tensor, None, None
+        value.become_input(tensor)
         return tensor.clone()
     return tensor
 
 
 def with_graph(values: Sequence[Value], adjoint: Any = None) -> list[torch.Tensor]:
     """The values as tensors of torch's autograd, which leads to all inputs that require grad."""
-    plan, inputs = make_plan(values, _is_constant_array)
+    for value in leaves(values):
+        make_leaf(value)
+    plan, inputs = make_plan(values, _is_known_constant)
     program = compiled(plan, adjoint or default_adjoint())
     STATISTICS.run += 1
     with torch.enable_grad():
@@ -171,6 +172,32 @@ def with_graph(values: Sequence[Value], adjoint: Any = None) -> list[torch.Tenso
     return list(outputs)
 
 
-def _is_constant_array(value: Value) -> bool:
-    return value.array is not None and not value.kind.grad
+def _is_known_constant(value: Value) -> bool:
+    return not value.kind.grad and value.array is not None
+
+
+def make_leaf(value: Value) -> torch.Tensor:
+    """Turns a leaf that the recording computes into an input of it."""
+    if value.window is not None:
+        compute([value])
+        tensor = adopt([value.array])[0].clone()
+        value.become_input(tensor.requires_grad_())
+    return value.data
+
+
+def leaves(values: Sequence[Value]) -> list[Value]:
+    """The leaves on which the values depend that are no inputs yet."""
+    found: list[Value] = []
+    seen: set[Any] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if value.window is None or not value.kind.grad:
+            continue
+        if value.leaf:
+            found.append(value)
+        elif value.window not in seen:
+            seen.add(value.window)
+            stack.extend(value.window.externals)
+    return found
 

@@ -5,80 +5,110 @@ input of the operation, so gradients of gradients find their way.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmeta_bridge.recorder.graph import Kind, Node, Value, add_node, outputs_of
+from jaxmeta_bridge.recorder.graph import (
+    INDEX_BITS,
+    INDEX_MASK,
+    Kind,
+    Value,
+    Window,
+    add,
+    add_refs,
+    analyse,
+)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a recording as a function.
+
+    Attributes:
+      steps: operations in order, with the place of each operand: an input, as ~number, or
+        (step, output).
+      sources: places of the results.
+    """
+
+    steps: tuple[Any, ...]
+    sources: tuple[Any, ...]
+
+    def run(self, inputs: Sequence[jax.Array], adjoint: Any) -> list[jax.Array]:
+        """The results."""
+        made: list[list[jax.Array]] = []
+
+        def read(place: Any) -> jax.Array:
+            return inputs[~place] if type(place) is int else made[place[0]][place[1]]
+
+        for op, places in self.steps:
+            made.append(op.lower([read(place) for place in places], adjoint))
+        return [read(place) for place in self.sources]
 
 
 class GradientOp:
-    """By the first `wanted` inputs: what `steps` make of all inputs, pulled back.
+    """The derivative of what a stretch makes by its first `wanted` inputs.
 
     Args:
-      steps: operations in order with the place of each operand: an input, as ~number, or
-        (step, output).
-      sources: where the values to differentiate are found, likewise.
+      stretch: the function; the operation's inputs are those of the function.
       wanted: how many of the inputs to differentiate by.
-      weighted: whether the last inputs are cotangents, one for each of the sources.
-      keep: whether the gradients can be differentiated again.
-      kinds: of the gradients.
+      weighted: whether further inputs follow, a cotangent for each result; else they are ones.
+      kinds: of the gradients. One that does not require grad is cut off.
     """
 
-    __slots__ = ("_inputs", "keep", "kinds", "name", "sources", "steps", "wanted", "weighted")
+    __slots__ = ("_stretch", "_wanted", "_weighted", "kinds", "name")
 
     def __init__(
-        self,
-        steps: tuple[Any, ...],
-        sources: tuple[Any, ...],
-        wanted: int,
-        weighted: bool,
-        keep: bool,
-        kinds: tuple[Kind, ...],
+        self, stretch: Stretch, wanted: int, weighted: bool, kinds: tuple[Kind, ...]
     ) -> None:
         self.name = "gradient"
-        self.steps = steps
-        self.sources = sources
-        self.wanted = wanted
-        self.weighted = weighted
-        self.keep = keep
+        self._stretch = stretch
+        self._wanted = wanted
+        self._weighted = weighted
         self.kinds = kinds
 
     def lower(self, inputs: Sequence[jax.Array], adjoint: Any) -> list[jax.Array]:
         """See `Op.lower`."""
-        end = len(inputs) - (len(self.sources) if self.weighted else 0)
-        rest, cotangents = list(inputs[self.wanted : end]), list(inputs[end:])
+        end = len(inputs) - (len(self._stretch.sources) if self._weighted else 0)
+        variables, rest = list(inputs[: self._wanted]), list(inputs[self._wanted : end])
 
         def function(variables: list[jax.Array]) -> list[jax.Array]:
-            given = [*variables, *rest]
-            made: list[list[jax.Array]] = []
+            return self._stretch.run([*variables, *rest], adjoint)
 
-            def read(place: Any) -> jax.Array:
-                return given[~place] if type(place) is int else made[place[0]][place[1]]
-
-            for op, places in self.steps:
-                made.append(op.lower([read(place) for place in places], adjoint))
-            return [read(place) for place in self.sources]
-
-        variables = list(inputs[: self.wanted])
-        simple = len(self.sources) == 1 and not self.weighted
-        if simple and all(jnp.isrealobj(v) for v in variables):
-            _, gradients = adjoint.value_and_grad(lambda v: (function(v)[0].reshape(()), None))(
-                variables
-            )
+        if self._is_plain(variables):
+            value_and_grad = adjoint.value_and_grad(lambda v: (function(v)[0].reshape(()), None))
+            _, gradients = value_and_grad(variables)
         else:
             outputs, pullback = jax.vjp(function, variables)
-            if not self.weighted:
-                cotangents = [jnp.ones_like(output) for output in outputs]
-            cotangents = [
+            cotangents = inputs[end:] if self._weighted else map(jnp.ones_like, outputs)
+            # A complex cotangent of torch's is the conjugate of JAX's.
+            conjugate = [
                 jnp.conj(c.astype(o.dtype)) for c, o in zip(cotangents, outputs, strict=True)
             ]
-            gradients = [jnp.conj(gradient) for gradient in pullback(cotangents)[0]]
-        return gradients if self.keep else [jax.lax.stop_gradient(g) for g in gradients]
+            gradients = [jnp.conj(gradient) for gradient in pullback(conjugate)[0]]
+        return [
+            gradient if kind.grad else jax.lax.stop_gradient(gradient)
+            for gradient, kind in zip(gradients, self.kinds, strict=True)
+        ]
+
+    def _is_plain(self, variables: Sequence[jax.Array]) -> bool:
+        single = len(self._stretch.sources) == 1 and not self._weighted
+        return single and all(jnp.isrealobj(variable) for variable in variables)
 
 
 _OPS: dict[Any, GradientOp] = {}
+
+
+def _gradient_op(
+    stretch: Stretch, used: Sequence[Kind], weighted: bool, keep: bool
+) -> GradientOp:
+    kinds = tuple(Kind.of(kind.shape, kind.dtype, keep) for kind in used)
+    key = (stretch, len(used), weighted, kinds)
+    if key not in _OPS:
+        _OPS.setdefault(key, GradientOp(*key))
+    return _OPS[key]
 
 
 def add_gradient(
@@ -86,7 +116,6 @@ def add_gradient(
     wanted: Sequence[Value],
     cotangents: Sequence[Value] | None,
     keep: bool,
-    place: Any = None,
 ) -> list[Value | None]:
     """Records the gradient of the outputs by the wanted values; None where there is no path.
 
@@ -95,69 +124,159 @@ def add_gradient(
       wanted: values of the recording.
       cotangents: one for each output; ones if None.
       keep: whether the gradients shall be differentiable (torch's `create_graph`).
-      place: where in the user's code this is asked for.
     """
+    if len(outputs) == 1 and cotangents is None:
+        found = _add_within_window(outputs[0], wanted, keep)
+        if found is not None:
+            return found
     nodes = _between(outputs, wanted)
-    targets = {id(value) for value in wanted}
-    reached = {id(v) for node in nodes for v in node.inputs if id(v) in targets}
-    reached |= {id(value) for value in outputs if id(value) in targets}
-    used = [value for value in wanted if id(value) in reached]
+    targets = {value.key for value in wanted}
+    reached = {v.key for _, operands in nodes for v in operands if v.key in targets}
+    reached |= {value.key for value in outputs if value.key in targets}
+    used = list({value.key: value for value in wanted if value.key in reached}.values())
     if not used:
         return [None] * len(wanted)
-    inputs, steps, sources = _stretch(nodes, used, outputs)
-    weighted = cotangents is not None
-    kinds = tuple(Kind.of(v.kind.shape, v.kind.dtype, keep) for v in used)
-    key = (steps, sources, len(used), weighted, keep, kinds)
-    op = _OPS.get(key)
-    if op is None:
-        op = _OPS.setdefault(key, GradientOp(*key))
-    node = add_node(op, (*inputs, *(cotangents or ())), place)
-    gradients = {id(v): gradient for v, gradient in zip(used, outputs_of(node), strict=True)}
-    return [gradients.get(id(value)) for value in wanted]
+    inputs, stretch = _stretch(nodes, used, outputs)
+    op = _gradient_op(stretch, [v.kind for v in used], cotangents is not None, keep)
+    made = add(op, (*inputs, *(cotangents or ())))
+    gradients = {value.key: gradient for value, gradient in zip(used, made, strict=True)}
+    return [gradients.get(value.key) for value in wanted]
 
 
-def _between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[Node]:
-    """The nodes on the ways from the wanted values to the outputs, in order."""
-    stop = {id(value) for value in wanted}
-    found: dict[int, Node] = {}
-    stack = [v.node for v in outputs if v.node is not None and id(v) not in stop]
+_Node = tuple[tuple[Window, int], list[Value]]  # an operation's place, and its operands
+
+
+def _between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[_Node]:
+    """The operations on the ways from the wanted values to the outputs, in order."""
+    stop = {value.key for value in wanted}
+    found: dict[tuple[Window, int], list[Value]] = {}
+    stack = [value for value in outputs if _leads_on(value, stop)]
     while stack:
-        node = stack.pop()
-        if id(node) in found:
-            continue
-        found[id(node)] = node
-        for value in node.inputs:
-            if value.kind.grad and value.node is not None and not value.leaf:
-                stack.append(value.node)
-    order = sorted(found.values(), key=lambda node: (node.window.serial, node.position))
-    dependent: set[int] = set()
-    kept = []
-    for node in order:
-        if any(id(v) in stop or (v.node is not None and id(v.node) in dependent and v.kind.grad
-                                 and not v.leaf)
-               for v in node.inputs):
-            dependent.add(id(node))
-            kept.append(node)
-    return kept
+        value = stack.pop()
+        assert value.window is not None
+        node = (value.window, value.ref >> INDEX_BITS)
+        if node not in found:
+            found[node] = value.operands()
+            stack.extend(v for v in found[node] if _leads_on(v, stop))
+    order = sorted(found.items(), key=lambda item: (item[0][0].serial, item[0][1]))
+    dependent: set[tuple[Window, int]] = set()
+    for node, operands in order:
+        for value in operands:
+            if value.key in stop or (
+                _leads_on(value, stop) and (value.window, value.ref >> INDEX_BITS) in dependent
+            ):
+                dependent.add(node)
+                break
+    return [item for item in order if item[0] in dependent]
+
+
+def _leads_on(value: Value, stop: set[Any]) -> bool:
+    """Whether gradients go on from a value to what it was made from."""
+    return value.kind.grad and value.window is not None and not value.leaf and value.key not in stop
 
 
 def _stretch(
-    nodes: list[Node], used: Sequence[Value], outputs: Sequence[Value]
-) -> tuple[list[Value], tuple[Any, ...], tuple[Any, ...]]:
-    """The inputs of a stretch, its steps, and where the outputs are."""
+    nodes: list[_Node], used: Sequence[Value], outputs: Sequence[Value]
+) -> tuple[list[Value], Stretch]:
+    """The operations as a function, and its inputs: first those used, then what else it takes."""
     inputs: list[Value] = list(used)
-    slots = {id(value): ~index for index, value in enumerate(used)}
-    numbers = {id(node): index for index, node in enumerate(nodes)}
+    slots = {value.key: ~index for index, value in enumerate(used)}
+    numbers = {node: index for index, (node, _) in enumerate(nodes)}
 
     def place(value: Value) -> Any:
-        slot = slots.get(id(value))
+        slot = slots.get(value.key)
         if slot is not None:
             return slot
-        if value.node is not None and id(value.node) in numbers and not value.leaf:
-            return numbers[id(value.node)], value.index
-        slots[id(value)] = ~len(inputs)
+        if value.window is not None and not value.leaf:
+            number = numbers.get((value.window, value.ref >> INDEX_BITS))
+            if number is not None:
+                return number, value.ref & INDEX_MASK
+        slots[value.key] = ~len(inputs)
         inputs.append(value)
-        return slots[id(value)]
+        return slots[value.key]
 
-    steps = tuple([(node.op, tuple([place(v) for v in node.inputs])) for node in nodes])
-    return inputs, steps, tuple([place(value) for value in outputs])
+    steps = tuple(
+        [
+            (window.steps[position].op, tuple([place(v) for v in operands]))
+            for (window, position), operands in nodes
+        ]
+    )
+    return inputs, Stretch(steps, tuple([place(value) for value in outputs]))
+
+
+def _add_within_window(
+    output: Value, wanted: Sequence[Value], keep: bool
+) -> list[Value | None] | None:
+    """As `add_gradient`, where all ways lie inside the window at hand: the usual inner step.
+
+    What there is to find out depends on the structure of the window alone, so it is done once.
+    """
+    window = output.window
+    if window is None or window.closed:
+        return None
+    slots = window.slots
+    places = []
+    for value in wanted:
+        if value.window is window:
+            return None
+        places.append(slots.get(value.key, -1))
+    key = (output.ref, tuple(places), keep)
+    found = window.state.analyses.get(key)
+    if found is None:
+        found = window.state.analyses[key] = _template(window, output, wanted, places, keep)
+    op, refs, order, others = found
+    externals = window.externals
+    for place in others:
+        if not _is_before(externals[place], wanted):
+            return None
+    if op is None:
+        return [None] * len(wanted)
+    ref = add_refs(window, op, refs)
+    kinds = op.kinds
+    return [
+        None if number is None else Value(kinds[number], window, ref + number) for number in order
+    ]
+
+
+def _is_before(value: Value, wanted: Sequence[Value]) -> bool:
+    """Whether a value cannot depend on the wanted ones, because it is older."""
+    home = value.window
+    if home is None or value.leaf:
+        return True
+    for other in wanted:
+        if other.window is None:
+            return False
+        if (home.serial, value.ref) >= (other.window.serial, other.ref):
+            return home is other.window and value.ref >> INDEX_BITS == other.ref >> INDEX_BITS
+    return True
+
+
+def _template(
+    window: Window, output: Value, wanted: Sequence[Value], places: Sequence[int], keep: bool
+) -> tuple[Any, tuple[int, ...], tuple[int | None, ...], tuple[int, ...]]:
+    """The operation, its refs, which gradient each wanted value gets, and externals to mind."""
+    needed = analyse(window.state, frozenset((output.ref,)))
+    others = tuple(
+        place
+        for place in needed.externals
+        if window.externals[place].kind.grad and place not in places
+    )
+    inside = [value for value in wanted]
+    nodes = [
+        node
+        for node in _between([output], inside)
+        if node[0][0] is window
+    ]
+    targets = {value.key for value in wanted}
+    reached = {v.key for _, operands in nodes for v in operands if v.key in targets}
+    used = list({v.key: v for v in wanted if v.key in reached}.values())
+    if not used:
+        return None, (), (None,) * len(wanted), others
+    inputs, stretch = _stretch(nodes, used, [output])
+    op = _gradient_op(stretch, [v.kind for v in used], False, keep)
+    numbers = {value.key: number for number, value in enumerate(used)}
+    refs = tuple(v.ref if v.window is window else ~window.slots[v.key] for v in inputs)
+    order = tuple(numbers.get(value.key) for value in wanted)
+    return op, refs, order, others
+
+

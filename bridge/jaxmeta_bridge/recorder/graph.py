@@ -1,8 +1,8 @@
-"""What a recording consists of: values, the nodes that make them, and windows of nodes.
+"""What a recording consists of: values, and windows of operations that make them.
 
-A window is a stretch of the recording, from one update of the weights to the next. While nodes are
-added to it, its structure is followed in a trie of states, so that two windows of equal structure
-end in the very same `State` object: equal steps are recognised without being compared.
+A window is a stretch of the recording, from one update of the weights to the next. While operations
+are added to it, its structure is followed in a trie of states, so that two windows of equal
+structure end in the very same `State` object: equal steps are recognised without being compared.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Kind:
 
 
 class Op(Protocol):
-    """What a node computes; equal ones are one object, compared by identity."""
+    """What makes values; equal ones are one object, compared by identity."""
 
     kinds: tuple[Kind, ...]  # of the outputs
     name: str
@@ -51,42 +51,9 @@ class Op(Protocol):
         ...
 
 
-class Value:
-    """A tensor of the recording: an input of it, or an output of one of its nodes."""
-
-    __slots__ = (
-        "__weakref__",
-        "array",
-        "data",
-        "exposed",
-        "index",
-        "kind",
-        "leaf",
-        "node",
-    )
-
-    def __init__(self, kind: Kind, node: "Node | None", index: int, data: Any = None) -> None:
-        self.kind = kind
-        self.node = node
-        self.index = index
-        self.data = data  # of an input: a tensor of its own, or a Python number
-        self.array: Any = None  # what it was once computed to be
-        self.leaf: bool = False  # where torch's backward() accumulates
-        self.exposed: bool = False  # an input that torch's own graph may have got to know
-
-
-class Node:
-    """One operation of the recording."""
-
-    __slots__ = ("__weakref__", "inputs", "op", "place", "position", "reals", "window")
-
-    def __init__(self, op: Any, inputs: tuple[Value, ...], window: "Window", place: Any) -> None:
-        self.op = op
-        self.inputs = inputs
-        self.window = window
-        self.position = window.state.depth
-        self.place = place
-        self.reals: list[torch.Tensor] | None = None  # the outputs, in torch's own graph
+# Which value of a window: position << INDEX_BITS | index of an output, or ~number of an external.
+INDEX_BITS = 12
+INDEX_MASK = (1 << INDEX_BITS) - 1
 
 
 class State:
@@ -97,7 +64,7 @@ class State:
     def __init__(self, parent: "State | None", op: Any, refs: tuple[int, ...]) -> None:
         self.parent = parent
         self.op = op
-        self.refs = refs  # per input: (position << 12 | index) in the window, or ~external
+        self.refs = refs  # of the operation's inputs
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.following: dict[Any, State] = {}
         self.analyses: dict[Any, Any] = {}
@@ -114,20 +81,94 @@ class State:
 
 ROOT = State(None, None, ())
 _SERIAL = itertools.count()
-INDEX_BITS = 12
 
 
 class Window:
     """A stretch of the recording."""
 
-    __slots__ = ("closed", "externals", "serial", "slots", "state")
+    __slots__ = ("arrays", "closed", "externals", "reals", "serial", "slots", "state", "steps")
 
     def __init__(self) -> None:
         self.serial = next(_SERIAL)
         self.state = ROOT
-        self.externals: list[Value] = []  # what its nodes take from elsewhere, by first use
-        self.slots: dict[int, int] = {}  # id of a value -> its place among these
+        self.steps: list[State] = []  # one for each operation
+        self.externals: list[Value] = []  # what its operations take from elsewhere, by first use
+        self.slots: dict[Any, int] = {}  # key of a value -> its place among these
         self.closed = False
+        self.arrays: dict[int, Any] = {}  # values that were computed
+        self.reals: dict[int, torch.Tensor] | None = None  # values in torch's own graph
+
+
+class Value:
+    """A tensor of the recording: an input of it, or what one of its operations makes.
+
+    Attributes:
+      kind: shape, dtype and whether it requires grad.
+      window: where it is made; None for an input.
+      ref: which value of the window.
+      data: of an input: a tensor of its own, or a Python number.
+      leaf: whether torch's `backward` accumulates here.
+      exposed: whether torch's own graph may have got to know this input.
+      key: equal for Values that are the same value.
+    """
+
+    __slots__ = ("__weakref__", "data", "exposed", "key", "kind", "leaf", "ref", "window")
+
+    def __init__(self, kind: Kind, window: Window, ref: int) -> None:
+        self.kind = kind
+        self.window: Window | None = window
+        self.ref = ref
+        self.key: Any = (window, ref)
+        self.data: Any = None
+        self.leaf = False
+        self.exposed = False
+
+    @classmethod
+    def input(cls, kind: Kind, data: Any, leaf: bool = False) -> "Value":
+        """A value that enters the recording."""
+        value = cls.__new__(cls)
+        value.kind = kind
+        value.window = None
+        value.ref = 0
+        value.key = value
+        value.data = data
+        value.leaf = leaf
+        value.exposed = False
+        return value
+
+    def become_input(self, data: Any) -> None:
+        """Forgets how it was made, now that `data` is known."""
+        self.data = data
+        self.window = None
+
+    @property
+    def array(self) -> Any:
+        """The JAX array, if it was computed."""
+        return None if self.window is None else self.window.arrays.get(self.ref)
+
+    @property
+    def op(self) -> Any:
+        """What makes it."""
+        assert self.window is not None
+        return self.window.steps[self.ref >> INDEX_BITS].op
+
+    def operands(self) -> list["Value"]:
+        """What it is made from."""
+        assert self.window is not None
+        return operands(self.window, self.ref >> INDEX_BITS)
+
+
+def value_at(window: Window, ref: int) -> Value:
+    """A value of a window."""
+    if ref < 0:
+        return window.externals[~ref]
+    kind = window.steps[ref >> INDEX_BITS].op.kinds[ref & INDEX_MASK]
+    return Value(kind, window, ref)
+
+
+def operands(window: Window, position: int) -> list[Value]:
+    """What an operation of a window takes."""
+    return [value_at(window, ref) for ref in window.steps[position].refs]
 
 
 class _Tape(threading.local):
@@ -139,50 +180,69 @@ _TAPE = _Tape()
 
 
 def close_window() -> None:
-    """Ends the present stretch: the next node begins another."""
+    """Ends the present stretch: the next operation begins another."""
     if _TAPE.window.state is not ROOT:
         _TAPE.window.closed = True
 
 
-def add_node(op: Any, inputs: tuple[Value, ...], place: Any = None) -> Node:
-    """Records `op` of `inputs`."""
+def open_window() -> Window:
+    """The window to which operations are added."""
+    window = _TAPE.window
+    if window.closed:
+        window = _TAPE.window = Window()
+    return window
+
+
+def refer(window: Window, value: Value) -> int:
+    """The ref of a value in a window, which takes it from elsewhere if it must."""
+    if value.window is window:
+        return value.ref
+    slot = window.slots.get(value.key)
+    if slot is None:
+        slot = window.slots[value.key] = len(window.externals)
+        window.externals.append(value)
+    return ~slot
+
+
+def add_refs(window: Window, op: Any, refs: tuple[int, ...]) -> int:
+    """Adds an operation to a window; returns the ref of its first output."""
+    key = (op, refs)
+    state = window.state.following.get(key)
+    if state is None:
+        state = window.state.following.setdefault(key, State(window.state, op, refs))
+    window.state = state
+    window.steps.append(state)
+    return (len(window.steps) - 1) << INDEX_BITS
+
+
+def add_op(op: Any, inputs: Sequence[Value]) -> tuple[Window, int]:
+    """Records `op` of `inputs`: the window, and the ref of its first output."""
     window = _TAPE.window
     if window.closed:
         window = _TAPE.window = Window()
     refs = []
     slots = window.slots
     for value in inputs:
-        node = value.node
-        if node is not None and node.window is window:
-            refs.append(node.position << INDEX_BITS | value.index)
+        home = value.window
+        if home is window:
+            refs.append(value.ref)
             continue
-        slot = slots.get(id(value))
+        slot = slots.get(value.key)
         if slot is None:
-            if node is not None and not node.window.closed:
-                return _add_to_new_window(op, inputs, place, node.window)
-            slot = slots[id(value)] = len(window.externals)
+            if home is not None and not home.closed:
+                # Windows are ordered: one cannot take values of another thread's that is open.
+                home.closed = window.closed = True
+                return add_op(op, inputs)
+            slot = slots[value.key] = len(window.externals)
             window.externals.append(value)
         refs.append(~slot)
-    key = (op, *refs)
-    state = window.state.following.get(key)
-    if state is None:
-        state = window.state.following.setdefault(key, State(window.state, op, tuple(refs)))
-    node = Node(op, inputs, window, place)
-    window.state = state
-    return node
+    return window, add_refs(window, op, tuple(refs))
 
 
-def _add_to_new_window(op: Any, inputs: tuple[Value, ...], place: Any, other: Window) -> Node:
-    """Windows are ordered: one cannot take values of another thread's that is still open."""
-    other.closed = True
-    _TAPE.window.closed = True
-    _TAPE.window = Window()
-    return add_node(op, inputs, place)
-
-
-def outputs_of(node: Node) -> list[Value]:
-    """New values for what a node computes."""
-    return [Value(kind, node, index) for index, kind in enumerate(node.op.kinds)]
+def add(op: Any, inputs: Sequence[Value]) -> list[Value]:
+    """Records `op` of `inputs`; its outputs."""
+    window, ref = add_op(op, inputs)
+    return [Value(kind, window, ref + index) for index, kind in enumerate(op.kinds)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +254,7 @@ class Analysis:
 
 
 def analyse(state: State, needed: frozenset[int]) -> Analysis:
-    """Which operations and externals the values `needed` (as in `State.refs`) depend on."""
+    """Which operations and externals the values `needed` depend on."""
     found = state.analyses.get(needed)
     if found is None:
         steps = state.steps()

@@ -14,7 +14,7 @@ from torch.utils import _pytree as torch_tree
 from jaxmeta_bridge.recorder.calls import CallOp, Outcome
 from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.recorder.eager import eager
-from jaxmeta_bridge.recorder.graph import Value, add_node
+from jaxmeta_bridge.recorder.graph import Value, add, add_op
 from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, record, value_of, wrap
 
 
@@ -72,14 +72,15 @@ def change(
     for slot in op.written:
         become_recorded(tensors[slot])
     inputs = values + (numbers or []) + [capture(draw()) for draw in op.draws]
-    node = add_node(op, tuple(inputs))
+    window, ref = add_op(op, inputs)
     for offset, slot in enumerate(op.written):
         index = outcome.count + offset
-        rebind(tensors[slot], Value(op.kinds[index], node, index))
+        rebind(tensors[slot], Value(op.kinds[index], window, ref + index))
     results: list[Any] = []
     for index in range(outcome.count):
         same = outcome.same[index]
-        results.append(tensors[same] if same is not None else wrap(Value(op.kinds[index], node, index)))
+        new = Value(op.kinds[index], window, ref + index)
+        results.append(wrap(new) if same is None else tensors[same])
     return outcome.rebuild(results)
 
 
@@ -139,8 +140,7 @@ def _refresh(base: Any, but: Any) -> None:
         inputs = list(origin.inputs)
         inputs[origin.slot] = base._value
         origin.inputs = tuple(inputs)
-        node = add_node(origin.op, origin.inputs)
-        view._value = Value(origin.op.kinds[origin.index], node, origin.index)
+        view._value = add(origin.op, origin.inputs)[origin.index]
         _refresh(view, None)
 
 

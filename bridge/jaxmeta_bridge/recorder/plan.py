@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, Value, Window, analyse
+from jaxmeta_bridge.recorder.graph import State, Value, Window, analyse
 
 # Where a window takes a value from: an input, as ~number; or (window number, ref in it).
 Ref = Any
@@ -47,21 +47,20 @@ def make_plan(
 
     Args:
       wanted: values to compute.
-      is_input: whether a value that a node made is taken as given.
+      is_input: whether a value that an operation made is taken as given.
     """
     needs = _needs(wanted, is_input)
     order = sorted(needs, key=lambda window: window.serial)
     number = {window: index for index, window in enumerate(order)}
     inputs: list[Value] = []
-    slots: dict[int, int] = {}
+    slots: dict[Any, int] = {}
 
     def source(value: Value) -> Ref:
-        node = value.node
-        if node is not None and not is_input(value):
-            return number[node.window], node.position << INDEX_BITS | value.index
-        slot = slots.get(id(value))
+        if value.window is not None and not is_input(value):
+            return number[value.window], value.ref
+        slot = slots.get(value.key)
         if slot is None:
-            slot = slots[id(value)] = len(inputs)
+            slot = slots[value.key] = len(inputs)
             inputs.append(value)
         return ~slot
 
@@ -101,17 +100,15 @@ def _pass(
 
     def need(value: Value) -> None:
         nonlocal grown
-        node = value.node
-        if node is None or is_input(value):
+        window = value.window
+        if window is None or is_input(value):
             return
-        window = node.window
         if window not in found:
             found.add(window)
             heapq.heappush(heap, (-window.serial, window))
         union = unions.setdefault(window.state, set())
-        ref = node.position << INDEX_BITS | value.index
-        if ref not in union:
-            union.add(ref)
+        if value.ref not in union:
+            union.add(value.ref)
             grown = grown or window.state in visited
 
     for value in wanted:

@@ -63,8 +63,8 @@ def _show(func: Callable[..., Any], args: Any, kwargs: Any) -> str:
 
 
 def _name(tensor: Recorded) -> str:
-    node = tensor._value.node
-    return "Recorded" if node is None else f"{node.op.name}Recorded"
+    value = tensor._value
+    return "Recorded" if value.window is None else f"{value.op.name}Recorded"
 
 
 def _format(func: Callable[..., Any], args: Any, kwargs: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from jaxmeta_bridge.recorder import calls
 from jaxmeta_bridge.recorder.calls import Outcome, Slot
 from jaxmeta_bridge.recorder.capture import capture, number
-from jaxmeta_bridge.recorder.graph import Node, Value, add_node
+from jaxmeta_bridge.recorder.graph import Value, Window, add_op
 
 # What answers a torch function in another way than by recording it; filled by other files.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -19,7 +19,7 @@ class Recorded(torch.Tensor):
 
     _value: Value
     _views: list[Any] | None
-    _origin: "tuple[Recorded, CallRecord] | None"
+    _origin: Any
 
     @classmethod
     def __torch_function__(
@@ -63,16 +63,6 @@ def value_of(tensor: torch.Tensor) -> Value:
     return capture(tensor)
 
 
-class CallRecord:
-    """A call that was recorded: what is needed to record it again with other tensors."""
-
-    __slots__ = ("inputs", "outcome")
-
-    def __init__(self, outcome: Outcome, inputs: tuple[Value, ...]) -> None:
-        self.outcome = outcome
-        self.inputs = inputs
-
-
 _OUTCOMES: dict[Any, Outcome | None] = {}
 _MISSING: Any = object()
 _is_autocast: Any = torch.is_autocast_enabled
@@ -104,20 +94,24 @@ def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     inputs = values + numbers if numbers else values
     if op.draws:
         inputs = inputs + [capture(draw()) for draw in op.draws]
-    node = add_node(op, tuple(inputs))
+    window, ref = add_op(op, inputs)
     if outcome.single:
         same = outcome.same[0]
         if same is not None:
             return tensors[same]
-        result = wrap(Value(op.kinds[0], node, 0))
+        result = wrap(Value(op.kinds[0], window, ref))
         if outcome.views[0] is not None:
             _note_view(result, tensors[outcome.views[0]], outcome, inputs)
         return result
-    return _wrap_all(outcome, node, tensors, inputs)
+    return _wrap_all(outcome, window, ref, tensors, inputs)
 
 
 def _wrap_all(
-    outcome: Outcome, node: Node, tensors: list[torch.Tensor], inputs: list[Value]
+    outcome: Outcome,
+    window: Window,
+    ref: int,
+    tensors: list[torch.Tensor],
+    inputs: list[Value],
 ) -> Any:
     results = []
     for index in range(outcome.count):
@@ -125,7 +119,7 @@ def _wrap_all(
         if same is not None:
             results.append(tensors[same])
             continue
-        result = wrap(Value(outcome.op.kinds[index], node, index))
+        result = wrap(Value(outcome.op.kinds[index], window, ref + index))
         if base is not None:
             _note_view(result, tensors[base], outcome, inputs, index)
         results.append(result)
