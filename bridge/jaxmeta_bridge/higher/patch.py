@@ -9,7 +9,7 @@ from torch import nn
 
 from jaxmeta_bridge.higher import utils
 from jaxmeta_bridge.higher.copying import Binding, copy_module
-from jaxmeta_bridge.recorder import Recorded, begin_stretch, to_leaf, to_recorded
+from jaxmeta_bridge.recorder import Recorded, begin_stretch, to_leaf, to_recorded, watch_functions
 
 _Module = nn.Module
 
@@ -258,6 +258,7 @@ def make_functional(
       module: what to copy; it is not changed.
       encapsulator: called with the copy and the module, for instance to give it weights.
     """
+    watch_functions()
     if isinstance(module, _MonkeyPatchBase):
         raise ValueError(
             "module is a patched module already. Patch the module that it was made from; its "

@@ -5,6 +5,7 @@ from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
 from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, to_leaf, to_recorded
+from jaxmeta_bridge.recorder.functions import watch_functions
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.graph import close_window as begin_stretch
 from jaxmeta_bridge.recorder.tensor import Recorded, value_of, wrap
@@ -30,5 +31,6 @@ __all__ = [
     "to_ordinary",
     "to_recorded",
     "value_of",
+    "watch_functions",
     "wrap",
 ]

@@ -166,18 +166,21 @@ def _outcome(
     specs += [Spec((), number_dtype)] * numbers
 
     def traced(*tensors: torch.Tensor) -> Any:
-        returned = call(tensors)
-        return torch_tree.tree_leaves(returned), [tensors[index] for index in written]
+        return torch_tree.tree_leaves(call(tensors)), tensors
 
     program = trace(traced, specs)
     leaves, structure = torch_tree.tree_flatten(results)
     is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
     plain = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    outputs = [out for out in program.outputs[: len(leaves)] if isinstance(out, Var)]
+    assert len(outputs) == len(tensors)
+    # Batch norm changes its statistics without torch counting it as a change.
+    changed = {i for i, var in enumerate(program.inputs) if var in program.changed}
+    written = tuple(sorted({*written, *changed}))
     finals = [inputs[index] for index in written]
-    outputs = [out for out in program.outputs if isinstance(out, Var)]
-    assert len(outputs) == len(tensors) + len(finals)
-    program = dataclasses.replace(program, outputs=tuple(outputs))
+    outputs += [program.outputs[len(leaves) + index] for index in written]
+    program = dataclasses.replace(program, outputs=tuple(outputs)).without_dead_nodes()
     program, draws = _draws_as_inputs(program, specs)
     op = CallOp(
         getattr(function, "__name__", str(function)),

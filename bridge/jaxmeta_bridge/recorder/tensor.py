@@ -1,5 +1,6 @@
 """`Recorded`: a tensor without a value yet, and what happens to the torch calls that meet it."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,15 @@ def value_of(tensor: torch.Tensor) -> Value:
     return capture(tensor)
 
 
+class RecordsInCheckpoint(BaseException):
+    """A call on recorded tensors inside of a reentrant checkpoint."""
+
+
+class _Inside(threading.local):
+    checkpoint = False
+
+
+INSIDE = _Inside()
 _OUTCOMES: dict[Any, Outcome | None] = {}
 _MISSING: Any = object()
 _is_autocast: Any = torch.is_autocast_enabled
@@ -73,8 +83,11 @@ def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     tensors: list[torch.Tensor] = []
     values: list[Value] = []
     numbers: list[Value] | None = [] if func in _ARITHMETIC else None
+    grad = torch.is_grad_enabled()
+    if not grad and INSIDE.checkpoint:
+        raise RecordsInCheckpoint
     try:
-        key = [func, torch.is_grad_enabled(), _autocast(), torch.get_default_dtype()]
+        key = [func, grad, _autocast(), torch.get_default_dtype()]
         for arg in args:
             key.append(_key(arg, tensors, values, numbers))
         if kwargs:
