@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -56,7 +57,9 @@ def copy_module(
     for original in originals:
         state = copies[id(original)].__dict__
         for name, attribute in original.__dict__.items():
-            state[name] = _translate(name, attribute, copies)
+            if type(attribute) not in _PLAIN:
+                attribute = _translate(name, attribute, copies)
+            state[name] = attribute
         parameters: dict[str, Any] = OrderedDict()
         for name, parameter in original._parameters.items():
             parameters[name] = None if parameter is None else placeholder(name)
@@ -72,8 +75,11 @@ def copy_module(
     return Copied(copies[id(module)], list(copies.values()), bindings)
 
 
+_PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size}
+
+
 def _drop_backward_hooks(original: nn.Module, state: dict[str, Any]) -> None:
-    if any(state.get(name) for name in ("_backward_hooks", "_backward_pre_hooks")):
+    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
         warnings.warn(
             f"The backward hooks of {type(original).__name__} do not run in the inner loop, whose "
             "gradients are computed by compiled programs.",

@@ -1,5 +1,6 @@
 """Optimizers whose steps can be differentiated, made from `torch.optim` ones."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ from jaxmeta_bridge.higher.state import OptimizerState
 from jaxmeta_bridge.optim import Rule, rule_for
 
 GradCallback = Callable[[list[Any]], Sequence[Any]]
+# Names that scripts annotate with.
+_GroupedGradsType = list[list[Any]]
+_StateType = list[Any]
+_GradClosureType = Callable[[torch.Tensor], torch.Tensor]
+_OverrideType = dict[str, Any]
+_GradCallbackType = GradCallback
 
 
 class DifferentiableOptimizer:
@@ -71,11 +78,14 @@ class DifferentiableOptimizer:
 
     def _initial_state(self, other: Any, device: torch.device | None) -> list[Any]:
         return [
-            {
-                index: utils._recursive_copy_and_cast(dict(other.state[parameter]), device)
-                for index, parameter in enumerate(group["params"])
-                if parameter in other.state
-            }
+            defaultdict(
+                dict,
+                {
+                    index: utils._recursive_copy_and_cast(dict(other.state[parameter]), device)
+                    for index, parameter in enumerate(group["params"])
+                    if parameter in other.state
+                },
+            )
             for group in other.param_groups
         ]
 
@@ -389,7 +399,10 @@ def _recursive_apply(replacement: Any, target: Any) -> Any:
             f"{type(target).__name__}."
         )
     number = replacement.item() if hasattr(replacement, "item") else replacement
-    return type(target)(number)
+    # The default of an option may be the integer 0, and what was learned 0.5.
+    if isinstance(target, bool) or float(number).is_integer():
+        return type(target)(number)
+    return float(number)
 
 
 def _add(tensor: Any, a1: Any, a2: Any = None) -> Any:

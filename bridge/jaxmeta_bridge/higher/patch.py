@@ -9,6 +9,7 @@ from torch import nn
 
 from jaxmeta_bridge.higher import utils
 from jaxmeta_bridge.higher.copying import Binding, copy_module
+from jaxmeta_bridge.higher.layers import LayerCall, layer_call
 from jaxmeta_bridge.recorder import Recorded, begin_stretch, to_leaf, to_recorded, watch_functions
 
 _Module = nn.Module
@@ -17,7 +18,6 @@ _Module = nn.Module
 class _MonkeyPatchBase(nn.Module):
     """What every module of a patched tree is an instance of; the root holds the fast weights."""
 
-    _root: "_MonkeyPatchBase | None"
     _weights: "list[list[Any]] | None"
     _bindings: list[Binding]
     _track_higher_grads: bool
@@ -109,18 +109,27 @@ class _MonkeyPatchBase(nn.Module):
         """Puts the weights where the modules of the tree look for their parameters."""
         for binding in self._bindings:
             binding.parameters[binding.name] = params[binding.index]
-        for module in self._recurrent:
-            module.__dict__["_flat_weights"] = [
-                getattr(module, name) for name in module._flat_weights_names
-            ]
 
     def _expand_params(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
         return [params[index] for index in self._param_mapping]
+
+    def _layer_call(self) -> LayerCall | None:
+        state = self.__dict__
+        root = self.root.__dict__
+        if state.get("_layer_version") != root["_version"]:
+            state["_layer"] = layer_call(self, root["_bindings"])
+            state["_layer_version"] = root["_version"]
+        return state["_layer"]
+
+    _root = None
+    _bound = False
 
     def _take(self, params: Iterable[torch.Tensor] | None) -> None:
         root = self.root
         if params is not None:
             root._set_weights(params)
+        elif not root._bound:  # made from patched modules by a method of theirs, such as slicing
+            return
         elif root._weights is None:
             raise ValueError(
                 "This module has no weights of its own: pass params=, a list with one tensor for "
@@ -152,6 +161,14 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         self: Any, *args: Any, params: Iterable[torch.Tensor] | None = None, **kwargs: Any
     ) -> Any:
         self._take(params)
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            call = self._layer_call() if self.root._bound else None
+            if call is not None and call.applies():
+                result = call(args[0], self.root._weights[-1])
+                if result is not None:
+                    return result
+        if "_flat_weights_names" in self.__dict__:
+            self.__dict__["_flat_weights"] = [getattr(self, n) for n in self._flat_weights_names]
         return base.forward(self, *args, **kwargs)
 
     return forward
@@ -159,15 +176,18 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _set(self: Any, name: str, value: Any) -> None:
     parameters = self.__dict__.get("_parameters")
-    if parameters is not None and name in parameters and not isinstance(value, _Placeholder):
+    bound = (self.__dict__.get("_root") or self).__dict__.get("_bound", False)
+    if bound and parameters is not None and name in parameters and not isinstance(value, _Placeholder):
         if parameters[name] is None and value is None:
             return
         self._replace(name, value)
         return
+    root = self.__dict__.get("_root") or self
+    root.__dict__["_version"] = root.__dict__.get("_version", 0) + 1
     buffers = self.__dict__.get("_buffers")
     if buffers is not None and name in buffers and isinstance(value, torch.Tensor):
         value = to_recorded(value)
-    nn.Module.__setattr__(self, name, value)
+    self._original.__setattr__(self, name, value)
 
 
 def _parameters(
@@ -224,6 +244,7 @@ def _class_of(base: type[nn.Module], prefix: str) -> type[Any]:
             "__setattr__": _set,
             "_apply": _apply_to_all,
             "_wrapped_name": base.__name__,
+            "_original": base,
             "__module__": base.__module__,
             "__doc__": base.__doc__,
         }
@@ -270,7 +291,8 @@ def make_functional(
     root = copied.root
     state = root.__dict__
     state["_bindings"] = copied.bindings
-    state["_recurrent"] = [m for m in copied.modules if hasattr(m, "_flat_weights_names")]
+    state["_bound"] = True
+    state["_version"] = 0  # counts changes of attributes anywhere in the tree
     state["_weights"] = None
     state["_track_higher_grads"] = True
     state["_param_mapping"] = utils._get_param_mapping(module, [], [])

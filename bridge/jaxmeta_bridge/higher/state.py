@@ -16,14 +16,17 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __init__(self) -> None:
         self.values_: dict[str, Value] = {}
+        self.complete: Settings | None = None  # the options for which nothing is missing
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return recorder.wrap(self.values_[name])
 
     def __setitem__(self, name: str, tensor: Any) -> None:
         self.values_[name] = recorder.value_of(torch.as_tensor(tensor))
+        self.complete = None
 
     def __delitem__(self, name: str) -> None:
+        self.complete = None
         del self.values_[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -44,12 +47,17 @@ class _GroupState(dict[int, ParameterState]):
         return self[index]
 
 
+_SETTINGS: dict[Settings, Settings] = {}  # equal ones are one object
+
+
 class OptimizerState:
     """State of all parameters of an optimizer that torch has."""
 
     def __init__(self, rule: Rule, other: torch.optim.Optimizer, device: Any) -> None:
         self._rule = rule
         self._numbers: dict[Any, Value] = {}
+        self._options = (*rule.numeric, *rule.switches, *rule.flags)
+        self._known: dict[int, tuple[list[Any], Settings, list[Any]]] = {}
         self.groups = [_GroupState() for _ in other.param_groups]
         for group, states in zip(other.param_groups, self.groups, strict=True):
             _, static = rule.split(group)
@@ -91,7 +99,11 @@ class OptimizerState:
     def _state(
         self, settings: Settings, group: int, index: int, param: Value, options: Sequence[Value]
     ) -> dict[str, Value]:
-        values = self.groups[group][index].values_
+        state = self.groups[group][index]
+        values = state.values_
+        if state.complete is settings:
+            return values
+        state.complete = settings
         names = recorder.state_names(settings, param, options)
         if all(name in values for name in names):
             return {name: values[name] for name in names}
@@ -102,19 +114,25 @@ class OptimizerState:
         self, param_groups: list[dict[str, Any]]
     ) -> tuple[list[Settings], list[list[Value]]]:
         settings, rows = [], []
-        for group in param_groups:
-            numeric, static = self._rule.split(group)
-            names, row = [], []
-            for name, value in numeric.items():
-                if isinstance(value, tuple):
-                    names.append((name, len(value)))
-                    row += [self._option(item) for item in value]
-                else:
-                    names.append((name, 0))
-                    row.append(self._option(value))
-            settings.append(Settings(self._rule, static, tuple(names)))
-            rows.append(row)
+        for index, group in enumerate(param_groups):
+            given = [group.get(name) for name in self._options]
+            known = self._known.get(index)
+            if known is None or any(a is not b for a, b in zip(known[0], given, strict=True)):
+                known = self._known[index] = (given, *self._split(group))
+            settings.append(known[1])
+            rows.append([v if isinstance(v, Value) else self._option(v) for v in known[2]])
         return settings, rows
+
+    def _split(self, group: dict[str, Any]) -> tuple[Settings, list[Any]]:
+        """The settings, and of each numeric option the value if it is a plain number."""
+        numeric, static = self._rule.split(group)
+        names, row = [], []
+        for name, value in numeric.items():
+            items = value if isinstance(value, tuple) else (value,)
+            names.append((name, len(items) if isinstance(value, tuple) else 0))
+            row += [self._option(v) if isinstance(v, (int, float)) else v for v in items]
+        settings = Settings(self._rule, static, tuple(names))
+        return _SETTINGS.setdefault(settings, settings), row
 
     def _option(self, value: Any) -> Value:
         if isinstance(value, torch.Tensor):

@@ -8,7 +8,7 @@ from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, 
 from jaxmeta_bridge.recorder.functions import watch_functions
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.graph import close_window as begin_stretch
-from jaxmeta_bridge.recorder.tensor import Recorded, value_of, wrap
+from jaxmeta_bridge.recorder.tensor import Recorded, record_values, value_of, wrap
 from jaxmeta_bridge.recorder.update import Settings
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "inplace",
     "number",
     "queries",
+    "record_values",
     "recorded_grad",
     "start_state",
     "state_names",

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from jaxmeta_bridge.recorder.execute import default_adjoint, make_leaf, with_graph
+from jaxmeta_bridge.recorder.execute import default_adjoint, leaf_tensor, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
-from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window
+from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window, gradient_inputs
 from jaxmeta_bridge.recorder.inplace import rebind, with_derivative_of
+from jaxmeta_bridge.recorder.lazy import defer
 from jaxmeta_bridge.recorder.real import is_real, real
-from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, record, value_of, wrap
+from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, leaf_of, record, value_of, wrap
 
 _T: Any = torch.Tensor
 _NO_GRAD = "element {} of tensors does not require grad and does not have a grad_fn"
@@ -69,7 +70,7 @@ def _recordable(outs: Sequence[Any], ins: Sequence[Any]) -> list[Value] | None:
         return None
     if not all(type(tensor) is Recorded for tensor in ins):
         return None
-    values = [tensor._value for tensor in ins]
+    values = [leaf_of(tensor) for tensor in ins]
     # What torch's own graph has seen may have gone through ordinary tensors.
     return None if any(is_real(value) for value in values) else values
 
@@ -97,7 +98,7 @@ def _ordinary_grad(
         reals = with_graph([out._value for out in outs], default_adjoint())
     else:
         reals = [real(out._value) if type(out) is Recorded else out for out in outs]
-    sources = [real(t._value) if type(t) is Recorded else t for t in ins]
+    sources = [real(leaf_of(t)) if type(t) is Recorded else t for t in ins]
     if weights is not None:
         weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
     return list(
@@ -108,9 +109,10 @@ def _ordinary_grad(
 
 
 def _is_input(tensor: Recorded) -> bool:
-    if tensor._value.leaf:
-        make_leaf(tensor._value)
-    return tensor._value.window is None
+    value = leaf_of(tensor)
+    if value.leaf:
+        make_leaf(value)
+    return value.window is None
 
 
 def _grad_handler(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -135,12 +137,29 @@ def backward(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     if weights is not None:
         weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
+    if weights is None and not create_graph and inputs is None and _defer(outs):
+        return
     recorded = [out for out in outs if type(out) is Recorded]
     reals = iter(with_graph([out._value for out in recorded], default_adjoint()))
     roots = [next(reals) if type(out) is Recorded else out for out in outs]
     if inputs is not None:
-        inputs = [real(t._value) if type(t) is Recorded else t for t in _as_tuple(inputs)]
+        inputs = [real(leaf_of(t)) if type(t) is Recorded else t for t in _as_tuple(inputs)]
     torch.autograd.backward(roots, weights, retain_graph, create_graph, inputs=inputs)
+
+
+def _defer(outs: Sequence[Any]) -> bool:
+    """Owes the gradients, where nothing but the accumulation into leaves would happen."""
+    if not all(type(out) is Recorded for out in outs):
+        return False
+    values = [out._value for out in outs]
+    targets = []
+    for value in gradient_inputs(values):
+        make_leaf(value)
+        leaf = leaf_tensor(value)
+        if leaf is None:
+            return False
+        targets.append(leaf)
+    return defer(values, targets)
 
 
 def _backward_handler(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -159,7 +178,7 @@ def _requires_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
 
 
 def _is_leaf(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    value = args[0]._value
+    value = leaf_of(args[0])
     return value.leaf or not value.kind.grad
 
 
@@ -183,7 +202,7 @@ class RecordedFunction:
 
 
 def _grad_fn(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    value = args[0]._value
+    value = leaf_of(args[0])
     return RecordedFunction(value) if value.kind.grad and not value.leaf else None
 
 
@@ -233,7 +252,7 @@ def _flagged(value: Value, flag: bool) -> Value:
 
 
 def _get_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    value = args[0]._value
+    value = leaf_of(args[0])
     stored = args[0].__dict__.get("_retained")
     if stored is not None:
         return stored.grad
@@ -248,7 +267,7 @@ def _set_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             func(tensor, HANDLERS["ordinary"](new))
         return
-    value = tensor._value
+    value = leaf_of(tensor)
     if type(new) is Recorded:
         new = HANDLERS["ordinary"](new)
     if value.leaf and value.kind.grad:
@@ -259,7 +278,7 @@ def _set_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
 def _retain_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     tensor = args[0]
-    value = tensor._value
+    value = leaf_of(tensor)
     if not value.kind.grad:
         raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
     if value.leaf or "_retained" in tensor.__dict__:
@@ -300,7 +319,7 @@ def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
 
 def _hook(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    value = args[0]._value
+    value = leaf_of(args[0])
     if value.leaf:
         return func(make_leaf(value), *args[1:], **kwargs)
     raise NotImplementedError(

@@ -32,13 +32,13 @@ class Emitter:
         self._plan = plan
         self._adjoint = adjoint
 
-    def evaluate(self, inputs: Callable[[int], Any], stacked: dict[Address, Any]) -> list[Any]:
+    def evaluate(self, inputs: Callable[[int], Any], stacked: dict[Any, Any]) -> list[Any]:
         """The wanted values.
 
         Args:
           inputs: gives each input by its number.
           stacked: what each iteration of a loop takes for itself, where that is stacked already:
-            by first window of the loop's iterations and external.
+            by start and period of the loop, and place in the first iteration.
         """
         self._stacked = stacked
 
@@ -137,7 +137,7 @@ class Emitter:
 
     def _own(self, loop: Loop, place: Address, outer: Lookup) -> Any:
         """What each iteration has for itself, stacked."""
-        stacked = self._stacked.get((loop.start + place[0], place[1]))
+        stacked = self._stacked.get((loop.start, loop.period, place))
         if stacked is not None:
             return stacked
         leaves = range(loop.start + place[0], loop.stop, loop.period)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from jaxmeta_bridge.recorder.capture import capture
-from jaxmeta_bridge.recorder.execute import compute
+from jaxmeta_bridge.autograd import execute
 from jaxmeta_bridge.recorder.graph import Kind, Value, add
 from jaxmeta_bridge.recorder.tensor import Recorded, wrap
 from jaxmeta_bridge.recorder.update import Member, Settings, start_op, update_op
@@ -47,11 +47,11 @@ def start_state(
         return dict(zip(op.names, add(op, options), strict=True))
     key = (op, tuple(_content(option) for option in options) if depends else None)
     if key not in _STATES:
-        values = add(op, options)
-        compute(values)
+        given = [option.data if option.window is None else option.array for option in options]
+        arrays, _ = execute(lambda *operands: (op.lower(operands, None), None), given)
         _STATES[key] = {
-            name: Value.input(value.kind, torch.from_dlpack(value.array).clone())
-            for name, value in zip(op.names, values, strict=True)
+            name: Value.input(kind, torch.from_dlpack(array).clone())
+            for name, kind, array in zip(op.names, op.kinds, arrays, strict=True)
         }
     return _STATES[key]
 
@@ -80,16 +80,23 @@ def add_update(
       tracked: whether gradients go back through the step; if not, the new parameters are leaves.
       adjoint: how a loop of such steps is differentiated.
     """
-    described = tuple(
-        Member(group, p.kind, g.kind, tuple((name, v.kind) for name, v in state.items()))
-        for group, p, g, state in members
-    )
-    op = update_op(
-        tuple(groups), described, tuple(option.kind for option in options), tracked, adjoint
-    )
     inputs = list(options)
-    for _, p, g, state in members:
-        inputs += [p, g, *state.values()]
+    names: list[Any] = []
+    for group, p, g, state in members:
+        inputs.append(p)
+        inputs.append(g)
+        inputs.extend(state.values())
+        names.append(group)
+        names.extend(state)
+    key = (tuple(groups), tuple(names), tuple([v.kind for v in inputs]), tracked, adjoint)
+    op = _UPDATES.get(key)
+    if op is None:
+        described = tuple(
+            Member(group, p.kind, g.kind, tuple((name, v.kind) for name, v in state.items()))
+            for group, p, g, state in members
+        )
+        kinds = tuple(option.kind for option in options)
+        op = _UPDATES[key] = update_op(tuple(groups), described, kinds, tracked, adjoint)
     outputs = iter(add(op, inputs))
     results = []
     for _, _, _, state in members:
@@ -97,3 +104,6 @@ def add_update(
         new.leaf = not tracked
         results.append((new, {name: next(outputs) for name in state}))
     return results
+
+
+_UPDATES: dict[Any, Any] = {}

@@ -5,16 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
-from jaxmeta_bridge.recorder.emit import Address, Emitter
-from jaxmeta_bridge.recorder.graph import Value
+from jaxmeta_bridge.recorder.emit import Emitter
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, Value, gradient_inputs, value_at
 from jaxmeta_bridge.recorder.loops import OWN, Loop, Part, find_loops
 from jaxmeta_bridge.recorder.plan import Plan, make_plan
+from jaxmeta_bridge.recorder.update import UpdateOp
 
 
 @dataclass
@@ -51,7 +54,25 @@ class CompiledPlan:
             return emitter.evaluate(lambda index: operands[places[index]], stacks)
 
         self.program = Program(function)
+        self._gradients: dict[Any, Any] = {}
         STATISTICS.compiled += 1
+
+    def gradients(self, mask: tuple[bool, ...]) -> Any:
+        """Compiled: the gradients of the sum of all outputs by the operands in `mask`."""
+        if mask not in self._gradients:
+            function = self.program.function
+
+            def total(active: list[Any], row: tuple[Any, ...]) -> Any:
+                rest = iter(active)
+                merged = [next(rest) if m else o for m, o in zip(mask, row, strict=False)]
+                return sum(o.reshape(()) for o in function(*merged, *row[len(mask) :])).real
+
+            def compute(*row: Any) -> list[Any]:
+                active = [o for m, o in zip(mask, row, strict=False) if m]
+                return [jnp.conj(g) for g in jax.grad(total)(active, row)]
+
+            self._gradients[mask] = jax.jit(compute)
+        return self._gradients[mask]
 
     def operands(self, inputs: Sequence[Value]) -> list[Any]:
         """The operands for these inputs."""
@@ -71,9 +92,9 @@ def _stack(items: list[Any]) -> Any:
     return np.array(items, np.complex128 if isinstance(items[0], complex) else np.float64)
 
 
-def _stacks(plan: Plan, parts: Sequence[Part]) -> dict[Address, list[int]]:
+def _stacks(plan: Plan, parts: Sequence[Part]) -> dict[Any, list[int]]:
     """What can be stacked before the program runs: constant inputs, one an iteration."""
-    found: dict[Address, list[int]] = {}
+    found: dict[Any, list[int]] = {}
     for part in parts:
         if not isinstance(part, Loop):
             continue
@@ -85,7 +106,7 @@ def _stacks(plan: Plan, parts: Sequence[Part]) -> dict[Address, list[int]]:
             if all(type(s) is int for s in sources):
                 kinds = {plan.inputs[~s] for s in sources}
                 if len(kinds) == 1 and not next(iter(kinds))[0].grad and _is_plain(kinds):
-                    found[part.start + offset, external] = [~s for s in sources]
+                    found[part.start, part.period, (offset, external)] = [~s for s in sources]
     return found
 
 
@@ -94,7 +115,7 @@ def _is_plain(kinds: set[Any]) -> bool:
 
 
 def _used_alone(
-    plan: Plan, parts: Sequence[Part], stacks: dict[Address, list[int]]
+    plan: Plan, parts: Sequence[Part], stacks: dict[Any, list[int]]
 ) -> set[int]:
     """Inputs that something takes by themselves, though a loop may have them in a stack as well."""
     alone = {~ref for ref in plan.wanted if type(ref) is int}
@@ -103,7 +124,7 @@ def _used_alone(
             alone |= {~s for s in plan.leaves[part].sources if type(s) is int}
             continue
         for (offset, external), role in part.roles.items():
-            if (part.start + offset, external) in stacks:
+            if (part.start, part.period, (offset, external)) in stacks:
                 continue
             count = 1 if role[0] != OWN else part.count
             for iteration in range(count):
@@ -152,7 +173,7 @@ def read(value: Value) -> torch.Tensor:
     """What a value is, as an ordinary tensor of its own without gradient."""
     if value.window is None:
         return torch.as_tensor(value.data).detach().clone()
-    compute([value])
+    compute(_together(value))
     tensor = adopt([value.array])[0].clone()
     if not value.kind.grad:  # nothing leads back from here: what it was computed from may go
         value.become_input(tensor)
@@ -160,16 +181,63 @@ def read(value: Value) -> torch.Tensor:
     return tensor
 
 
+def _together(value: Value) -> list[Value]:
+    """Values that are read one after the other, as a rule: the parameters after a step."""
+    window, position = value.window, value.ref >> INDEX_BITS
+    assert window is not None
+    if not isinstance(value.op, UpdateOp):
+        return [value]
+    return [value_at(window, position << INDEX_BITS | i) for i in range(len(value.op.kinds))]
+
+
 def with_graph(values: Sequence[Value], adjoint: Any = None) -> list[torch.Tensor]:
     """The values as tensors of torch's autograd, which leads to all inputs that require grad."""
-    for value in leaves(values):
+    program, row, active, inputs = _prepare(values, adjoint)
+    for place, index in enumerate(program.singles):
+        if isinstance(row[place], torch.Tensor) and inputs[index].key not in active:
+            row[place] = row[place].detach()
+    with torch.enable_grad():
+        outputs, _ = apply(program.program, row)
+    return list(outputs)
+
+
+def _prepare(
+    values: Sequence[Value], adjoint: Any
+) -> tuple[CompiledPlan, list[Any], set[Any], list[Value]]:
+    """The program for values, its operands, and keys of the inputs that gradients lead to."""
+    for value in gradient_inputs(values):
         make_leaf(value)
     plan, inputs = make_plan(values, _is_known_constant)
     program = compiled(plan, adjoint or default_adjoint())
     STATISTICS.run += 1
-    with torch.enable_grad():
-        outputs, _ = apply(program.program, program.operands(inputs))
-    return list(outputs)
+    active = {value.key for value in gradient_inputs(values)}
+    return program, program.operands(inputs), active, inputs
+
+
+def gradients(losses: Sequence[Value]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Leaves and the gradient of the sum of the losses by each; a leaf may come several times."""
+    program, row, active, inputs = _prepare(losses, None)
+    mask = tuple(
+        isinstance(row[place], torch.Tensor) and inputs[index].key in active
+        for place, index in enumerate(program.singles)
+    )
+    row = [o.detach() if isinstance(o, torch.Tensor) else o for o in row]
+    arrays = adopt(execute(program.gradients(mask), row))
+    chosen = [inputs[index] for index, wanted in zip(program.singles, mask, strict=True) if wanted]
+    return [(leaf_tensor(v), array) for v, array in zip(chosen, arrays, strict=True)]
+
+
+def leaf_tensor(value: Value) -> Any:
+    """The leaf of torch's graph that an input is, or is a copy of; None if it is more than that."""
+    if value.leaf:
+        return value.data
+    function = value.data.grad_fn
+    while function is not None and len(function.next_functions) == 1:
+        following = function.next_functions[0][0]
+        if hasattr(following, "variable"):
+            return following.variable
+        return None
+    return None
 
 
 def _is_known_constant(value: Value) -> bool:
@@ -183,21 +251,3 @@ def make_leaf(value: Value) -> torch.Tensor:
         tensor = adopt([value.array])[0].clone()
         value.become_input(tensor.requires_grad_())
     return value.data
-
-
-def leaves(values: Sequence[Value]) -> list[Value]:
-    """The leaves on which the values depend that are no inputs yet."""
-    found: list[Value] = []
-    seen: set[Any] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if value.window is None or not value.kind.grad:
-            continue
-        if value.leaf:
-            found.append(value)
-        elif value.window not in seen:
-            seen.add(value.window)
-            stack.extend(value.window.externals)
-    return found
-

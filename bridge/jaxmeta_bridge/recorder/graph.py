@@ -6,6 +6,7 @@ structure end in the very same `State` object: equal steps are recognised withou
 """
 
 import dataclasses
+import heapq
 import itertools
 import threading
 from collections.abc import Sequence
@@ -243,6 +244,52 @@ def add(op: Any, inputs: Sequence[Value]) -> list[Value]:
     """Records `op` of `inputs`; its outputs."""
     window, ref = add_op(op, inputs)
     return [Value(kind, window, ref + index) for index, kind in enumerate(op.kinds)]
+
+
+def gradient_inputs(values: Sequence[Value]) -> list[Value]:
+    """The inputs and leaves to which gradients of the values lead, in the order of the recording."""
+    found: dict[Any, Value] = {}
+    needs: dict[Window, set[int]] = {}
+    heap: list[tuple[int, int, Window]] = []
+
+    def need(value: Value) -> None:
+        if not value.kind.grad:
+            return
+        window = value.window
+        if window is None or value.leaf:
+            found.setdefault(value.key, value)
+            return
+        if window not in needs:
+            needs[window] = set()
+            heapq.heappush(heap, (-window.serial, id(window), window))
+        needs[window].add(value.ref)
+
+    for value in values:
+        need(value)
+    while heap:
+        window = heapq.heappop(heap)[2]
+        for external in _gradient_externals(window.state, frozenset(needs[window])):
+            need(window.externals[external])
+    return list(found.values())
+
+
+def _gradient_externals(state: State, needed: frozenset[int]) -> tuple[int, ...]:
+    """The externals of a window to which gradients of `needed` may lead."""
+    key = ("gradient", needed)
+    found = state.analyses.get(key)
+    if found is None:
+        steps = state.steps()
+        seen: set[int] = set()
+        stack = list(needed)
+        while stack:
+            ref = stack.pop()
+            if ref in seen:
+                continue
+            seen.add(ref)
+            if ref >= 0 and steps[ref >> INDEX_BITS].op.kinds[ref & INDEX_MASK].grad:
+                stack.extend(steps[ref >> INDEX_BITS].refs)
+        found = state.analyses[key] = tuple(sorted(~ref for ref in seen if ref < 0))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxmeta_bridge.recorder.calls import CallOp, Outcome
 from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.recorder.eager import eager
 from jaxmeta_bridge.recorder.graph import Value, add, add_op
-from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, record, value_of, wrap
+from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, leaf_of, record, value_of, wrap
 
 
 class _Origin:
@@ -65,7 +65,7 @@ def change(
         if type(tensor) is not Recorded:
             if not _can_become_recorded(tensor):
                 return eager(func, args, kwargs)
-        elif tensor._value.leaf and tensor._value.kind.grad and torch.is_grad_enabled():
+        elif leaf_of(tensor).leaf and tensor._value.kind.grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "a leaf Variable that requires grad is being used in an in-place operation."
             )
@@ -108,11 +108,14 @@ def become_recorded(tensor: Any) -> None:
         return
     value = capture(tensor)
     tensor.__class__ = Recorded
-    tensor._value, tensor._views, tensor._origin = value, None, None
+    tensor._value = value
 
 
 def rebind(tensor: Any, value: Value) -> None:
     """Lets a tensor, and all that share its memory, stand for what it was changed to."""
+    old = tensor._value
+    if old.leaf and old.kind.grad and not torch.is_grad_enabled():
+        tensor._root = old
     tensor._value = value
     origin = tensor._origin
     if origin is not None:
@@ -186,6 +189,15 @@ def with_derivative_of(value: torch.Tensor, proxy: torch.Tensor) -> torch.Tensor
         return torch.ops.jaxmeta_bridge.with_derivative_of(value, proxy)
 
 
+def _initialise(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`torch.nn.init` works under no_grad, and asks here before that."""
+    with torch.no_grad():
+        return record(func, args, kwargs)
+
+
+for _name, _function in vars(torch.nn.init).items():
+    if _name.endswith("_") and not _name.startswith("_") and callable(_function):
+        HANDLERS[_function] = _initialise
 HANDLERS["in-place"] = change
 HANDLERS["view"] = note_view
 HANDLERS["rebind"] = rebind

@@ -19,8 +19,9 @@ class Recorded(torch.Tensor):
     """A tensor of a recording: shape and dtype are known, the value is computed when needed."""
 
     _value: Value
-    _views: list[Any] | None
-    _origin: Any
+    _views: list[Any] | None = None  # weak references to its views
+    _root: Value | None = None  # the leaf that it still is, after changes under no_grad
+    _origin: Any = None  # of a view: how it came from its base
 
     @classmethod
     def __torch_function__(
@@ -52,8 +53,6 @@ def wrap(value: Value) -> Recorded:
     kind = value.kind
     tensor = _make(Recorded, kind.shape, dtype=kind.dtype, device=_CPU)
     tensor._value = value
-    tensor._views = None
-    tensor._origin = None
     return tensor
 
 
@@ -62,6 +61,11 @@ def value_of(tensor: torch.Tensor) -> Value:
     if type(tensor) is Recorded:
         return tensor._value
     return capture(tensor)
+
+
+def leaf_of(tensor: Any) -> Value:
+    """What gradients by a recorded tensor are gradients by."""
+    return tensor._value if tensor._root is None else tensor._root
 
 
 class RecordsInCheckpoint(BaseException):
@@ -117,6 +121,31 @@ def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             _note_view(result, tensors[outcome.views[0]], outcome, inputs)
         return result
     return _wrap_all(outcome, window, ref, tensors, inputs)
+
+
+def record_values(func: Callable[..., Any], args: list[torch.Tensor]) -> Any:
+    """Records a pure function of tensors; None if it cannot be recorded.
+
+    Args:
+      func: returns one new tensor.
+      args: its arguments.
+    """
+    values = [a._value if type(a) is Recorded else capture(a) for a in args]
+    grad = torch.is_grad_enabled()
+    key = (func, grad, _autocast(), torch.get_default_dtype(), *[v.kind for v in values])
+    outcome = _OUTCOMES.get(key, _MISSING)
+    if outcome is _MISSING:
+        outcome = _OUTCOMES[key] = _study(func, tuple(args), {}, values, None)
+    if outcome is None or not outcome.single or outcome.same[0] is not None or outcome.op.written:
+        return None
+    op = outcome.op
+    if op.draws:
+        values += [capture(draw()) for draw in op.draws]
+    window, ref = add_op(op, values)
+    result = wrap(Value(op.kinds[0], window, ref))
+    if outcome.views[0] is not None:
+        _note_view(result, args[outcome.views[0]], outcome, values)
+    return result
 
 
 def _wrap_all(

@@ -1,0 +1,127 @@
+"""Layers of `torch.nn` whose call is recorded as one operation, whatever happens inside.
+
+They are pure functions of their parameters and inputs, so nothing is lost; a script's inner loop
+spends most of its recording time in them.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from jaxmeta_bridge import recorder
+from jaxmeta_bridge.higher.copying import Binding, copy_module
+
+_PURE: set[type[nn.Module]] = {
+    getattr(nn, name)
+    for name in (
+        "Sequential Identity Flatten Unflatten Linear Bilinear Conv1d Conv2d Conv3d "
+        "ConvTranspose1d ConvTranspose2d ConvTranspose3d MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
+        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d LayerNorm "
+        "GroupNorm Dropout ReLU ReLU6 LeakyReLU ELU SELU CELU GELU Sigmoid Tanh Softplus SiLU Mish "
+        "Hardtanh Softmax LogSoftmax Softsign LogSigmoid Hardswish Hardsigmoid"
+    ).split()
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Layer:
+    """A tree of such layers as a function of an input and its distinct parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        copied = copy_module(module, lambda base, _: getattr(base, "_original", base), lambda _: None)
+        self._root = copied.root
+        self._bindings = copied.bindings
+        self._lock = threading.RLock()
+        self.__name__ = type(self._root).__name__
+
+    def __call__(self, x: torch.Tensor, *params: torch.Tensor) -> Any:
+        with self._lock:
+            for binding in self._bindings:
+                binding.parameters[binding.name] = params[binding.index]
+            try:
+                return self._root(x)
+            finally:
+                for binding in self._bindings:
+                    binding.parameters[binding.name] = None
+
+
+_LAYERS: dict[Any, Layer] = {}
+
+
+class LayerCall:
+    """What a patched module's call is recorded as, while nothing about the module changes.
+
+    Attributes:
+      layer: the function.
+      indices: which of the fast weights are its parameters.
+    """
+
+    __slots__ = ("_hooks", "indices", "layer")
+
+    def __init__(self, layer: Layer, indices: list[int], hooks: list[Any]) -> None:
+        self.layer = layer
+        self.indices = indices
+        self._hooks = hooks
+
+    def applies(self) -> bool:
+        """Whether no hook has been put on the module or one inside it."""
+        return not any(self._hooks) and not any(_GLOBAL_HOOKS)
+
+    def __call__(self, x: Any, weights: list[Any]) -> Any:
+        return recorder.record_values(self.layer, [x, *[weights[index] for index in self.indices]])
+
+
+_GLOBAL_HOOKS: list[Any] = [
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+]
+
+
+def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
+    """How to record calls of a patched module as one operation; None where that cannot be done.
+
+    Args:
+      module: a module of a patched tree.
+      bindings: where the fast weights are in that tree.
+    """
+    modules = list(module.modules())
+    if not all(type(m)._original in _PURE and not m._buffers for m in modules):
+        return None
+    if any(type(m)._original is nn.Sequential and not len(m) for m in modules):
+        return None
+    places = {(id(b.parameters), b.name): b.index for b in bindings}
+    indices: list[int] = []
+    for each in modules:
+        for name, parameter in each._parameters.items():
+            index = places.get((id(each._parameters), name))
+            if parameter is not None and index is not None and index not in indices:
+                indices.append(index)
+    key = (tuple(_settings(m) for m in modules), tuple(_places(modules, places, indices)))
+    layer = _LAYERS.get(key)
+    if layer is None:
+        layer = _LAYERS.setdefault(key, Layer(module))
+    hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+    return LayerCall(layer, indices, hooks)
+
+
+def _places(modules: list[Any], places: Any, indices: list[int]) -> Iterator[int]:
+    """Which parameters are tied."""
+    for each in modules:
+        for name, parameter in each._parameters.items():
+            if parameter is not None:
+                yield indices.index(places[id(each._parameters), name])
+
+
+def _settings(module: Any) -> Any:
+    """All that a call of the module itself depends on, besides tensors."""
+    plain = tuple(
+        (name, value if not isinstance(value, list) else tuple(value))
+        for name, value in module.__dict__.items()
+        if name == "training" or not name.startswith("_")
+    )
+    children = tuple(module._modules)
+    present = tuple((name, p is not None) for name, p in module._parameters.items())
+    return type(module)._original, plain, children, present
