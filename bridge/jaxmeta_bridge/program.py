@@ -22,10 +22,23 @@ class Spec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    # Where torch lays the value out in another order than row by row: draws follow the memory.
+    strides: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Spec":
-        return cls(tuple(tensor.shape), tensor.dtype)
+        return cls(tuple(tensor.shape), tensor.dtype, strides_of(tensor))
+
+    def empty(self) -> torch.Tensor:
+        """Memory for such a value."""
+        if self.strides is None:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides of a tensor that is not laid out row by row."""
+    return None if tensor.is_contiguous() else tuple(tensor.stride())
 
 
 @dataclass(frozen=True)

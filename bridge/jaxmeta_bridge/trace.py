@@ -58,7 +58,7 @@ def trace(
     recorder = Recorder(module_names or {})
     with tracing_settings():
         with recorder.paused():
-            arguments = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+            arguments = [spec.empty() for spec in specs]
         inputs = tuple(recorder.variable(argument) for argument in arguments)
         with recorder, _Functional(recorder):
             functional = [FunctionalTensor.to_functional(argument) for argument in arguments]

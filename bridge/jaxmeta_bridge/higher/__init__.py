@@ -9,9 +9,11 @@ import torch
 from jaxmeta_bridge.higher import optim, patch, utils
 from jaxmeta_bridge.higher.optim import create_diff_optim, get_diff_optim, register_optim
 from jaxmeta_bridge.higher.patch import monkeypatch
+from jaxmeta_bridge.recorder.explain import explain
 
 __all__ = [
     "create_diff_optim",
+    "explain",
     "get_diff_optim",
     "innerloop_ctx",
     "monkeypatch",

@@ -10,7 +10,14 @@ from torch import nn
 from jaxmeta_bridge.higher import utils
 from jaxmeta_bridge.higher.copying import Binding, copy_module
 from jaxmeta_bridge.higher.layers import LayerCall, layer_call
-from jaxmeta_bridge.recorder import Recorded, begin_stretch, to_leaf, to_recorded, watch_functions
+from jaxmeta_bridge.recorder import (
+    Recorded,
+    begin_stretch,
+    to_copies,
+    to_leaf,
+    to_recorded,
+    watch_torch,
+)
 
 _Module = nn.Module
 
@@ -279,7 +286,7 @@ def make_functional(
       module: what to copy; it is not changed.
       encapsulator: called with the copy and the module, for instance to give it weights.
     """
-    watch_functions()
+    watch_torch()
     if isinstance(module, _MonkeyPatchBase):
         raise ValueError(
             "module is a patched module already. Patch the module that it was made from; its "
@@ -324,13 +331,13 @@ def monkeypatch(
 
     def encapsulator(fmodule: Any, original: nn.Module) -> None:
         begin_stretch()
-        params = []
-        for parameter in original.parameters():
-            moved = parameter if device is None else parameter.to(device)
-            if copy_initial_weights:
-                params.append(to_leaf(moved.detach().clone(), parameter.requires_grad))
-            else:
-                params.append(to_recorded(moved))
+        params: list[Any] = list(original.parameters())
+        if device is not None:
+            params = [parameter.to(device) for parameter in params]
+        if copy_initial_weights:
+            params = [to_leaf(p.detach().clone(), p.requires_grad) for p in params]
+        else:
+            params = to_copies(params)
         buffer_sync(original, fmodule, device)
         fmodule.update_params(params)
 

@@ -4,8 +4,8 @@ from jaxmeta_bridge.recorder import autodiff, eager, inplace, queries
 from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
-from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, to_leaf, to_recorded
-from jaxmeta_bridge.recorder.functions import watch_functions
+from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, to_copies, to_leaf, to_recorded
+from jaxmeta_bridge.recorder.functions import watch_torch
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.graph import close_window as begin_stretch
 from jaxmeta_bridge.recorder.tensor import Recorded, record_values, value_of, wrap
@@ -28,10 +28,11 @@ __all__ = [
     "recorded_grad",
     "start_state",
     "state_names",
+    "to_copies",
     "to_leaf",
     "to_ordinary",
     "to_recorded",
     "value_of",
-    "watch_functions",
+    "watch_torch",
     "wrap",
 ]

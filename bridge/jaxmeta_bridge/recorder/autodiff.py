@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from jaxmeta_bridge.errors import UnsupportedOpError
 from jaxmeta_bridge.recorder.execute import default_adjoint, leaf_tensor, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
 from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window, gradient_inputs
@@ -52,11 +53,13 @@ def grad(
     for tensor in ins:
         if not tensor.requires_grad:
             raise RuntimeError("One of the differentiated Tensors does not require grad")
-    values = _recordable(outs, ins)
-    if values is None:
+    places = _recordable(outs, ins, create_graph)
+    if places is None:
         found = _ordinary_grad(outs, ins, weights, create_graph, retain_graph)
     else:
-        found = recorded_grad([value_of(out) for out in outs], values, weights, create_graph)
+        values = [value for place in places for value in place]
+        each = iter(recorded_grad([value_of(out) for out in outs], values, weights, create_graph))
+        found = [_total([next(each) for _ in place]) for place in places]
     if materialize_grads:
         found = [torch.zeros_like(t) if g is None else g for g, t in zip(found, ins, strict=True)]
     elif not allow_unused and any(gradient is None for gradient in found):
@@ -64,15 +67,53 @@ def grad(
     return tuple(found)
 
 
-def _recordable(outs: Sequence[Any], ins: Sequence[Any]) -> list[Value] | None:
-    """The values to differentiate by, where the recording alone knows all ways to them."""
+def _recordable(
+    outs: Sequence[Any], ins: Sequence[Any], create_graph: bool
+) -> list[list[Value]] | None:
+    """The values to differentiate by, for each tensor, if the recording knows all ways to them."""
     if not all(type(out) is Recorded for out in outs):
         return None
-    if not all(type(tensor) is Recorded for tensor in ins):
-        return None
-    values = [leaf_of(tensor) for tensor in ins]
+    ordinary = [tensor for tensor in ins if type(tensor) is not Recorded]
+    recorded = [leaf_of(tensor) for tensor in ins if type(tensor) is Recorded]
     # What torch's own graph has seen may have gone through ordinary tensors.
-    return None if any(is_real(value) for value in values) else values
+    if any(is_real(value) for value in recorded):
+        return None
+    if not ordinary:
+        return [[value] for value in recorded]
+    if not create_graph and not recorded:
+        return None  # numbers are wanted: torch's own graph is as good
+    inputs = [v for v in gradient_inputs([out._value for out in outs]) if v.window is None]
+    origins = [(_origin(value), value) for value in inputs]
+    known = [_edge(tensor) for tensor in ordinary]
+    if any(v.exposed for v in inputs) or not all(_is_end(o) or o in known for o, _ in origins):
+        return None  # some inputs may depend on others, as far as the recording knows
+    return [
+        [leaf_of(tensor)]
+        if type(tensor) is Recorded
+        else [value for origin, value in origins if origin == _edge(tensor)]
+        for tensor in ins
+    ]
+
+
+def _edge(tensor: torch.Tensor) -> Any:
+    """The place of an ordinary tensor in torch's graph."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _origin(value: Value) -> Any:
+    """The place in torch's graph of what an input was copied from, or of a leaf itself."""
+    return _edge(value.data) if value.leaf else value.data.grad_fn.next_functions[0]
+
+
+def _is_end(origin: Any) -> bool:
+    """Whether it is a leaf, so that it depends on nothing else."""
+    return hasattr(origin[0], "variable")
+
+
+def _total(gradients: list[Any]) -> Any:
+    present = [gradient for gradient in gradients if gradient is not None]
+    return sum(present[1:], present[0]) if present else None
 
 
 def recorded_grad(
@@ -92,11 +133,16 @@ def _ordinary_grad(
     outs: Sequence[Any], ins: Sequence[Any], weights: Any, create: bool, retain: bool | None
 ) -> list[Any]:
     """The gradients by torch's own graph."""
-    if all(type(out) is Recorded for out in outs) and not any(
-        type(t) is Recorded and not _is_input(t) for t in ins
-    ):
-        reals = with_graph([out._value for out in outs], default_adjoint())
+    inside = [leaf_of(t) for t in ins if type(t) is Recorded and not _is_input(t)]
+    if not inside and all(type(out) is Recorded for out in outs):
+        reals = with_graph([out._value for out in outs], default_adjoint(), hide=create)
     else:
+        if any(v.window is not None and v.window.hidden and not is_real(v) for v in inside):
+            raise UnsupportedOpError(
+                "A gradient by values of the inner loop is asked of tensors that come from an "
+                "earlier torch.autograd.grad(..., create_graph=True) by tensors outside of the "
+                "loop, which does not know these values. Ask for all gradients in one call."
+            )
         reals = [real(out._value) if type(out) is Recorded else out for out in outs]
     sources = [real(leaf_of(t)) if type(t) is Recorded else t for t in ins]
     if weights is not None:

@@ -147,7 +147,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 
 def _example(kind: Kind) -> torch.Tensor:
     with torch.enable_grad():
-        tensor = torch.empty(kind.shape, dtype=kind.dtype)
+        tensor = kind.empty()
         return tensor.requires_grad_().clone() if kind.grad else tensor
 
 
@@ -162,7 +162,7 @@ def _outcome(
     written: tuple[int, ...],
 ) -> Outcome:
     count = len(kinds) - numbers
-    specs = [Spec(kind.shape, kind.dtype) for kind in kinds[:count]]
+    specs = [Spec(kind.shape, kind.dtype, kind.strides) for kind in kinds[:count]]
     specs += [Spec((), number_dtype)] * numbers
 
     def traced(*tensors: torch.Tensor) -> Any:
@@ -212,7 +212,7 @@ def _find(test: Callable[[Any], bool], items: Sequence[Any]) -> int | None:
 
 
 def _kind(tensor: torch.Tensor) -> Kind:
-    return Kind.of(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+    return Kind.like(tensor)
 
 
 _aten: Any = torch.ops.aten
@@ -227,13 +227,16 @@ _FREE_DRAWS = {
     _aten.randint_like.default,
     _aten.randint_like.low_dtype,
     _aten.randperm.default,
-    _aten.uniform.default,
-    _aten.normal_functional.default,
-    _aten.log_normal.default,
-    _aten.exponential.default,
-    _aten.cauchy.default,
-    _aten.geometric.default,
-    _aten.bernoulli.p,
+}
+# Those that fill a tensor: torch draws in the order of its memory.
+_FILLS = {
+    _aten.uniform.default: torch.Tensor.uniform_,
+    _aten.normal_functional.default: torch.Tensor.normal_,
+    _aten.log_normal.default: torch.Tensor.log_normal_,
+    _aten.exponential.default: torch.Tensor.exponential_,
+    _aten.cauchy.default: torch.Tensor.cauchy_,
+    _aten.geometric.default: torch.Tensor.geometric_,
+    _aten.bernoulli.p: torch.Tensor.bernoulli_,
 }
 
 
@@ -253,7 +256,7 @@ def _draws_as_inputs(
         known |= dict(zip(node.outputs, node.specs, strict=True))
         if not LOWERINGS[node.op].draws:
             nodes.append(node)
-        elif node.op in _FREE_DRAWS and node.outputs[0] is not None:
+        elif (node.op in _FREE_DRAWS or node.op in _FILLS) and node.outputs[0] is not None:
             draws.append(_drawer(node, known))
             inputs.append(node.outputs[0])
         else:
@@ -265,12 +268,12 @@ def _drawer(node: Node, specs: dict[Any, Spec]) -> Callable[[], torch.Tensor]:
     def example(leaf: Any) -> Any:
         if not isinstance(leaf, Var):
             return leaf
-        return torch.empty(specs[leaf].shape, dtype=specs[leaf].dtype)
+        return specs[leaf].empty()
 
     def draw() -> torch.Tensor:
         args, kwargs = torch_tree.tree_map(example, (node.args, node.kwargs))
         with torch.no_grad():
-            return node.op(*args, **kwargs)
+            return _FILLS.get(node.op, node.op)(*args, **kwargs)
 
     return draw
 

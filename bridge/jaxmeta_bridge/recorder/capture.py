@@ -41,7 +41,8 @@ def capture(tensor: torch.Tensor) -> Value:
         return value
     if not is_wrapped(tensor):
         check_tensor(tensor, "a tensor in the inner loop")
-    value = Value.input(Kind.of(tuple(tensor.shape), tensor.dtype, grad), _copy(tensor))
+    data = _copy(tensor)
+    value = Value.input(Kind.like(data), data)
     if not is_wrapped(tensor):
         reference = weakref.ref(tensor, lambda _: _SEEN.by_id.pop(key, None))
         _SEEN.by_id[key] = (reference, version, grad, weakref.ref(value))
@@ -51,8 +52,8 @@ def capture(tensor: torch.Tensor) -> Value:
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.requires_grad:
         with torch.inference_mode(False), torch.enable_grad():
-            return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+            return tensor.clone()
+    return tensor.detach().clone()
 
 
 def number(value: complex) -> Value:

@@ -7,7 +7,7 @@ import torch
 
 from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.autograd import execute
-from jaxmeta_bridge.recorder.graph import Kind, Value, add
+from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window
 from jaxmeta_bridge.recorder.tensor import Recorded, wrap
 from jaxmeta_bridge.recorder.update import Member, Settings, start_op, update_op
 
@@ -17,12 +17,43 @@ def to_recorded(tensor: torch.Tensor) -> Recorded:
     return tensor if type(tensor) is Recorded else wrap(capture(tensor))
 
 
+class _CopyOp:
+    """Values of their own, equal to the inputs."""
+
+    def __init__(self, kinds: tuple[Kind, ...]) -> None:
+        self.kinds = kinds
+        self.name = "clone"
+
+    def lower(self, inputs: Sequence[Any], adjoint: Any) -> list[Any]:
+        """See `Op.lower`."""
+        return list(inputs)
+
+
+_COPIES: dict[Any, _CopyOp] = {}
+
+
+def to_copies(tensors: Sequence[torch.Tensor]) -> list[Recorded]:
+    """Recorded tensors equal to the given ones; no two calls give the same values.
+
+    Gradients lead through them to the tensors, but a gradient by one stops there: two inner loops
+    that start from one model do not reach each other's weights.
+    """
+    values = [capture(t) if type(t) is not Recorded else t._value for t in tensors]
+    if not values:
+        return []
+    kinds = tuple(value.kind for value in values)
+    op = _COPIES.setdefault(kinds, _CopyOp(kinds))
+    copies = [wrap(value) for value in add(op, values)]
+    close_window()
+    return copies
+
+
 def to_leaf(tensor: torch.Tensor, requires_grad: bool) -> Recorded:
     """A recorded tensor of its own, where gradients accumulate; it takes over `tensor`."""
     if type(tensor) is Recorded:
         return tensor.detach().requires_grad_(requires_grad)
-    kind = Kind.of(tuple(tensor.shape), tensor.dtype, requires_grad)
-    return wrap(Value.input(kind, tensor.requires_grad_(requires_grad), leaf=requires_grad))
+    tensor.requires_grad_(requires_grad)
+    return wrap(Value.input(Kind.like(tensor), tensor, leaf=requires_grad))
 
 
 def state_names(settings: Settings, param: Value, options: Sequence[Value]) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
 from jaxmeta_bridge.recorder.emit import Emitter
-from jaxmeta_bridge.recorder.graph import INDEX_BITS, Value, gradient_inputs, value_at
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, Value, analyse, gradient_inputs, value_at
+from jaxmeta_bridge.recorder.history import note_run
 from jaxmeta_bridge.recorder.loops import OWN, Loop, Part, find_loops
-from jaxmeta_bridge.recorder.plan import Plan, make_plan
+from jaxmeta_bridge.recorder.plan import Plan, make_plan, needed_windows
 from jaxmeta_bridge.recorder.update import UpdateOp
 
 
@@ -143,9 +144,11 @@ def compiled(plan: Plan, adjoint: Any) -> CompiledPlan:
     """The program for a plan, compiled once."""
     key = (plan, adjoint)
     found = _PLANS.get(key)
+    first = found is None
     if found is None:
         with _COMPILING:
             found = _PLANS.get(key) or _PLANS.setdefault(key, CompiledPlan(plan, adjoint))
+    note_run(found, first)
     return found
 
 
@@ -159,6 +162,7 @@ def compute(values: Sequence[Value], adjoint: Any = None) -> None:
     missing = [v for v in values if v.window is not None and v.array is None]
     if not missing:
         return
+    missing += _steps_before(missing)
     plan, inputs = make_plan(missing, lambda v: v.ref in v.window.arrays)
     program = compiled(plan, adjoint or default_adjoint())
     STATISTICS.run += 1
@@ -174,11 +178,29 @@ def read(value: Value) -> torch.Tensor:
     if value.window is None:
         return torch.as_tensor(value.data).detach().clone()
     compute(_together(value))
-    tensor = adopt([value.array])[0].clone()
+    tensor = value.kind.empty().copy_(adopt([value.array])[0])
     if not value.kind.grad:  # nothing leads back from here: what it was computed from may go
         value.become_input(tensor)
         return tensor.clone()
     return tensor
+
+
+def _steps_before(values: Sequence[Value]) -> list[Value]:
+    """What the last steps before the values left: kept, so that the next read goes on from there."""
+    found: list[Value] = []
+    seen = {value.key for value in values}
+    for value in values:
+        window = value.window
+        assert window is not None
+        for external in analyse(window.state, frozenset((value.ref,))).externals:
+            source = window.externals[external]
+            if source.window is None or source.array is not None:
+                continue
+            for each in _together(source):
+                if each.key not in seen and isinstance(each.op, UpdateOp):
+                    seen.add(each.key)
+                    found.append(each)
+    return found
 
 
 def _together(value: Value) -> list[Value]:
@@ -190,9 +212,21 @@ def _together(value: Value) -> list[Value]:
     return [value_at(window, position << INDEX_BITS | i) for i in range(len(value.op.kinds))]
 
 
-def with_graph(values: Sequence[Value], adjoint: Any = None) -> list[torch.Tensor]:
-    """The values as tensors of torch's autograd, which leads to all inputs that require grad."""
+def with_graph(
+    values: Sequence[Value], adjoint: Any = None, hide: bool = False
+) -> list[torch.Tensor]:
+    """The values as tensors of torch's autograd, which leads to all inputs that require grad.
+
+    Args:
+      values: of the recording.
+      adjoint: how loops are differentiated.
+      hide: whether the gradients by the inputs will go on as ordinary tensors: then the values in
+        between are out of torch's sight.
+    """
     program, row, active, inputs = _prepare(values, adjoint)
+    if hide:
+        for window in needed_windows(values, _is_known_constant):
+            window.hidden = True
     for place, index in enumerate(program.singles):
         if isinstance(row[place], torch.Tensor) and inputs[index].key not in active:
             row[place] = row[place].detach()

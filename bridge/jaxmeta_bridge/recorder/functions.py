@@ -1,8 +1,8 @@
-"""`torch.autograd.Function` on recorded tensors.
+"""The two calls that torch makes with recorded tensors without asking `__torch_function__`.
 
-`apply` is the one call that torch makes without asking `__torch_function__`, so a function with a
-gradient of its own would run on tensors without values, and its gradient would be lost. The first
-recording therefore puts a look at the arguments in front of it; nothing else changes.
+`torch.autograd.Function.apply` would run on tensors without values, and the gradient that the
+function defines would be lost. `tensor.data = recorded` would take over memory that is not there.
+The first recording therefore puts a look at the arguments in front of them; nothing else changes.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
-from jaxmeta_bridge.recorder.eager import eager
+from jaxmeta_bridge.recorder.eager import eager, to_ordinary
 from jaxmeta_bridge.recorder.tensor import INSIDE, Recorded, RecordsInCheckpoint
 
 
@@ -30,8 +30,24 @@ def _checkpoint(apply: Any, args: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def watch_functions() -> None:
-    """From now on, custom functions notice recorded tensors."""
+def watch_torch() -> None:
+    """From now on, custom functions and writes to `data` notice recorded tensors."""
+    _watch_functions()
+    _watch_data()
+
+
+def _watch_data() -> None:
+    plain: Any = torch.Tensor.data
+
+    def write(tensor: torch.Tensor, value: Any) -> None:
+        if type(value) is Recorded and type(tensor) is not Recorded:
+            value = to_ordinary(value).detach()
+        plain.__set__(tensor, value)
+
+    torch.Tensor.data = property(plain.__get__, write)  # type: ignore[assignment]
+
+
+def _watch_functions() -> None:
     original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     @functools.wraps(original)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.graph import (
     INDEX_BITS,
     INDEX_MASK,
@@ -21,6 +22,8 @@ from jaxmeta_bridge.recorder.graph import (
     add_refs,
     analyse,
 )
+from jaxmeta_bridge.recorder.loops import find_loops
+from jaxmeta_bridge.recorder.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,33 @@ class Stretch:
         return [read(place) for place in self.sources]
 
 
+class LongStretch:
+    """A part of a recording as a function, with its loops; equal where plan and order are.
+
+    Args:
+      plan: what to compute.
+      order: for each input of the plan, its number among the function's inputs.
+    """
+
+    def __init__(self, plan: Plan, order: tuple[int, ...]) -> None:
+        self._key = (plan, order)
+        self._plan = plan
+        self._order = order
+        self._parts = find_loops(plan.leaves, 0, len(plan.leaves))
+        self.sources = plan.wanted
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LongStretch) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def run(self, inputs: Sequence[Any], adjoint: Any) -> list[jax.Array]:
+        """The results."""
+        emitter = Emitter(self._plan, self._parts, adjoint)
+        return emitter.evaluate(lambda index: jnp.asarray(inputs[self._order[index]]), {})
+
+
 class GradientOp:
     """The derivative of what a stretch makes by its first `wanted` inputs.
 
@@ -61,7 +91,7 @@ class GradientOp:
     __slots__ = ("_stretch", "_wanted", "_weighted", "kinds", "name")
 
     def __init__(
-        self, stretch: Stretch, wanted: int, weighted: bool, kinds: tuple[Kind, ...]
+        self, stretch: Stretch | LongStretch, wanted: int, weighted: bool, kinds: tuple[Kind, ...]
     ) -> None:
         self.name = "gradient"
         self._stretch = stretch
@@ -102,7 +132,7 @@ _OPS: dict[Any, GradientOp] = {}
 
 
 def _gradient_op(
-    stretch: Stretch, used: Sequence[Kind], weighted: bool, keep: bool
+    stretch: Stretch | LongStretch, used: Sequence[Kind], weighted: bool, keep: bool
 ) -> GradientOp:
     kinds = tuple(Kind.of(kind.shape, kind.dtype, keep) for kind in used)
     key = (stretch, len(used), weighted, kinds)
@@ -136,7 +166,11 @@ def add_gradient(
     used = list({value.key: value for value in wanted if value.key in reached}.values())
     if not used:
         return [None] * len(wanted)
-    inputs, stretch = _stretch(nodes, used, outputs)
+    windows = {window for (window, _), _ in nodes}
+    if len(windows) > 2 and not any(value.window in windows for value in used):
+        inputs, stretch = _long_stretch(used, outputs)
+    else:
+        inputs, stretch = _stretch(nodes, used, outputs)
     op = _gradient_op(stretch, [v.kind for v in used], cotangents is not None, keep)
     made = add(op, (*inputs, *(cotangents or ())))
     gradients = {value.key: gradient for value, gradient in zip(used, made, strict=True)}
@@ -202,6 +236,23 @@ def _stretch(
         ]
     )
     return inputs, Stretch(steps, tuple([place(value) for value in outputs]))
+
+
+def _long_stretch(
+    used: Sequence[Value], outputs: Sequence[Value]
+) -> tuple[list[Value], LongStretch]:
+    """As `_stretch`, for one of several windows."""
+    stop = {value.key for value in used}
+    plan, found = make_plan(outputs, lambda value: value.key in stop)
+    inputs = list(used)
+    numbers = {value.key: number for number, value in enumerate(used)}
+    order = []
+    for value in found:
+        if value.key not in numbers:
+            numbers[value.key] = len(inputs)
+            inputs.append(value)
+        order.append(numbers[value.key])
+    return inputs, LongStretch(plan, tuple(order))
 
 
 def _add_within_window(

@@ -15,26 +15,44 @@ from typing import Any, Protocol
 import jax
 import torch
 
+from jaxmeta_bridge.program import Spec, strides_of
+
 
 class Kind:
-    """Shape and dtype of a value, and whether it requires grad; equal ones are one object."""
+    """Shape, dtype and layout of a value, and whether it requires grad; equal ones are one object."""
 
-    __slots__ = ("dtype", "grad", "shape")
+    __slots__ = ("dtype", "grad", "shape", "strides")
     _all: dict[tuple[Any, ...], "Kind"] = {}  # noqa: RUF012
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     grad: bool
+    strides: tuple[int, ...] | None  # None if it is laid out row by row
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: torch.dtype, grad: bool) -> "Kind":
-        key = (shape, dtype, grad)
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        grad: bool,
+        strides: tuple[int, ...] | None = None,
+    ) -> "Kind":
+        key = (shape, dtype, grad, strides)
         kind = cls._all.get(key)
         if kind is None:
             kind = cls()
-            kind.shape, kind.dtype, kind.grad = key
+            kind.shape, kind.dtype, kind.grad, kind.strides = key
             kind = cls._all.setdefault(key, kind)
         return kind
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> "Kind":
+        """That of a tensor."""
+        return cls.of(tuple(tensor.shape), tensor.dtype, tensor.requires_grad, strides_of(tensor))
+
+    def empty(self) -> torch.Tensor:
+        """Memory for such a value."""
+        return Spec(self.shape, self.dtype, self.strides).empty()
 
     def __repr__(self) -> str:
         grad = ", grad" if self.grad else ""
@@ -87,7 +105,17 @@ _SERIAL = itertools.count()
 class Window:
     """A stretch of the recording."""
 
-    __slots__ = ("arrays", "closed", "externals", "reals", "serial", "slots", "state", "steps")
+    __slots__ = (
+        "arrays",
+        "closed",
+        "externals",
+        "hidden",
+        "reals",
+        "serial",
+        "slots",
+        "state",
+        "steps",
+    )
 
     def __init__(self) -> None:
         self.serial = next(_SERIAL)
@@ -98,6 +126,7 @@ class Window:
         self.closed = False
         self.arrays: dict[int, Any] = {}  # values that were computed
         self.reals: dict[int, torch.Tensor] | None = None  # values in torch's own graph
+        self.hidden = False  # whether differentiable tensors of torch's come from inside a program
 
 
 class Value:
@@ -257,7 +286,9 @@ def gradient_inputs(values: Sequence[Value]) -> list[Value]:
             return
         window = value.window
         if window is None or value.leaf:
-            found.setdefault(value.key, value)
+            # An optimizer's first state is constant, though later ones are not.
+            if value.leaf or value.data.grad_fn is not None:
+                found.setdefault(value.key, value)
             return
         if window not in needs:
             needs[window] = set()

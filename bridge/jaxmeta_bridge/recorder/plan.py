@@ -76,6 +76,13 @@ def make_plan(
     return Plan(tuple(leaves), targets, sorts), inputs
 
 
+def needed_windows(
+    wanted: Sequence[Value], is_input: Callable[[Value], bool]
+) -> Iterable[Window]:
+    """The windows that `wanted` need."""
+    return _needs(wanted, is_input).keys()
+
+
 def _needs(
     wanted: Iterable[Value], is_input: Callable[[Value], bool]
 ) -> dict[Window, frozenset[int]]:

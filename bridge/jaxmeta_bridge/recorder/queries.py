@@ -76,7 +76,7 @@ def _format(func: Callable[..., Any], args: Any, kwargs: Any) -> str:
 def _new_like(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A tensor that has only shape and dtype of a recorded one."""
     kind = args[0]._value.kind
-    return func(torch.empty(kind.shape, dtype=kind.dtype), *args[1:], **kwargs)
+    return func(kind.empty(), *args[1:], **kwargs)
 
 
 _LIKES = [

@@ -51,7 +51,7 @@ _CPU = torch.device("cpu")
 def wrap(value: Value) -> Recorded:
     """A new tensor object for a value."""
     kind = value.kind
-    tensor = _make(Recorded, kind.shape, dtype=kind.dtype, device=_CPU)
+    tensor = _make(Recorded, kind.shape, kind.strides, dtype=kind.dtype, device=_CPU)
     tensor._value = value
     return tensor
 
