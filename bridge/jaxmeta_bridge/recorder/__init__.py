@@ -1,6 +1,6 @@
 """Records torch calls on tensors without values, and runs them as compiled JAX programs."""
 
-from jaxmeta_bridge.recorder import autodiff, eager, inplace, queries
+from jaxmeta_bridge.recorder import autodiff, bounds, eager, inplace, queries
 from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
@@ -18,6 +18,7 @@ __all__ = [
     "add_update",
     "autodiff",
     "begin_stretch",
+    "bounds",
     "capture",
     "eager",
     "grad",

@@ -41,7 +41,7 @@ def grad(
     outs, ins = _as_tuple(outputs), _as_tuple(inputs)
     weights = None if grad_outputs is None else _as_tuple(grad_outputs)
     if is_grads_batched:
-        raise NotImplementedError(
+        raise UnsupportedOpError(
             "is_grads_batched=True is not supported for recorded tensors: call autograd.grad once "
             "for each cotangent, or use jax.vmap through to_torch."
         )
@@ -368,7 +368,7 @@ def _hook(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     value = leaf_of(args[0])
     if value.leaf:
         return func(make_leaf(value), *args[1:], **kwargs)
-    raise NotImplementedError(
+    raise UnsupportedOpError(
         "A gradient hook on a recorded tensor is not supported: the gradient passes through a "
         "compiled program. Use grad_callback of the optimizer, torch.autograd.grad with "
         "create_graph=True, or retain_grad()."

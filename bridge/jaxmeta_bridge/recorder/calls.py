@@ -103,6 +103,8 @@ def study(
       autocast: the dtype, where autocast is on.
     """
     grad = torch.is_grad_enabled()
+    if "rrelu" in getattr(function, "__name__", ""):
+        return None  # how many numbers it draws depends on values
 
     def call(tensors: Sequence[Any]) -> Any:
         with torch.set_grad_enabled(grad), _autocast(autocast):

@@ -22,10 +22,13 @@ class _Seen(threading.local):
 
 
 _SEEN = _Seen()
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def capture(tensor: torch.Tensor) -> Value:
     """The input that stands for the present contents of an ordinary tensor."""
+    if type(tensor) not in _ORDINARY and hasattr(type(tensor), "settled"):
+        tensor = tensor.settled()  # pyright: ignore[reportAttributeAccessIssue]
     key = id(tensor)
     found = _SEEN.by_id.get(key)
     grad = tensor.requires_grad

@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from torch.utils import _pytree as torch_tree
 
+from jaxmeta_bridge.errors import UnsupportedOpError
 from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.recorder.execute import read
 from jaxmeta_bridge.recorder.real import real
-from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded
+from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, refuse_transformations
 
 
 def eager(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Calls `func` on the values of recorded tensors, with their gradients where these count."""
+    refuse_transformations()
     taken: list[tuple[Recorded, torch.Tensor, int]] = []
 
     def ordinary(leaf: Any) -> Any:
@@ -45,5 +47,23 @@ def to_ordinary(tensor: Recorded) -> torch.Tensor:
 
 
 HANDLERS["eager"] = eager
-HANDLERS["dispatch"] = eager
+_aten: Any = torch.ops.aten
+_COPIES = {_aten.detach.default, _aten.alias.default, _aten._to_copy.default}
+
+
+def below(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls an operation that C++ asks for, below torch's autograd, where no gradient is kept."""
+    leaves = torch_tree.tree_leaves((args, kwargs))
+    loses = any(type(leaf) is Recorded and leaf._value.kind.grad for leaf in leaves)
+    if loses and torch.is_grad_enabled() and func not in _COPIES:
+        raise UnsupportedOpError(
+            f"{func} is called on a tensor of an inner loop by code that hides from recording and "
+            "from torch's autograd (torch.vmap and other transformations, TorchScript, C++ "
+            "extensions), so its gradient would be lost. Call it on tensor.detach(), or write it "
+            "with torch functions."
+        )
+    return eager(func, args, kwargs)
+
+
+HANDLERS["dispatch"] = below
 HANDLERS["ordinary"] = to_ordinary

@@ -75,7 +75,11 @@ def change(
     window, ref = add_op(op, inputs)
     for offset, slot in enumerate(op.written):
         index = outcome.count + offset
-        rebind(tensors[slot], Value(op.kinds[index], window, ref + index))
+        new = Value(op.kinds[index], window, ref + index)
+        if new.kind.shape != tensors[slot].shape:
+            _reshape(tensors[slot], new)
+        else:
+            rebind(tensors[slot], new)
     results: list[Any] = []
     for index in range(outcome.count):
         same = outcome.same[index]
@@ -100,6 +104,11 @@ def _count_alone() -> int:
 
 
 _ALONE = _count_alone()
+
+
+def _reshape(tensor: Any, value: Value) -> None:
+    """Gives a tensor object another shape (unsqueeze_, t_, ...); its views keep theirs."""
+    torch.utils.swap_tensors(tensor, wrap(value))
 
 
 def become_recorded(tensor: Any) -> None:

@@ -25,11 +25,19 @@ class _Pending:
     def __init__(self) -> None:
         self.losses: list[Value] = []
         self.owed: dict[int, Any] = {}  # id of a leaf -> weak reference to what stands in its .grad
+        self.dropped: set[int] = set()  # leaves whose owed gradient was thrown away
+
+    def drop(self, key: int) -> None:
+        """Nobody can look at the gradient of a leaf any more."""
+        if self.owed.pop(key, None) is not None:
+            self.dropped.add(key)
+        if not self.owed:
+            self.losses, self.dropped = [], set()
 
     def compute(self) -> None:
         """Pays all."""
         owed, losses = self.owed, self.losses
-        self.owed, self.losses = {}, []
+        self.owed, self.losses, self.dropped = {}, [], set()
         if _OPEN.pending is self:
             _OPEN.pending = None
         waiting = {key: lazy for key, ref in owed.items() if (lazy := ref()) is not None}
@@ -50,6 +58,9 @@ class _Pending:
             lazy._pending = None
 
 
+_MOST = 256  # losses that may wait: nobody may ever look at the gradients
+
+
 class _Open(threading.local):
     pending: _Pending | None = None
 
@@ -64,6 +75,10 @@ class LazyGradient(torch.Tensor):
     _real: torch.Tensor | None
     _leaf_shape: Any
     _leaf_dtype: Any
+
+    def settled(self) -> torch.Tensor:
+        """The gradient itself."""
+        return _settle(self)
 
     @classmethod
     def __torch_function__(
@@ -112,6 +127,13 @@ def defer(losses: Sequence[Value], leaves: Sequence[torch.Tensor]) -> bool:
       leaves: all tensors that they lead gradients to.
     """
     pending = _OPEN.pending or _Pending()
+    if any(
+        id(leaf) in pending.dropped or (leaf.grad is None and id(leaf) in pending.owed)
+        for leaf in leaves
+    ):
+        # What was owed there was thrown away, as by zero_grad(): it must not come back.
+        pending.compute()
+        pending = _Pending()
     for leaf in leaves:
         grad = leaf.grad
         known = pending.owed.get(id(leaf))
@@ -127,5 +149,8 @@ def defer(losses: Sequence[Value], leaves: Sequence[torch.Tensor]) -> bool:
             lazy._pending, lazy._real = pending, None
             lazy._leaf_shape, lazy._leaf_dtype = leaf.shape, leaf.dtype
             leaf.grad = lazy
-            pending.owed[id(leaf)] = weakref.ref(lazy)
+            key = id(leaf)
+            pending.owed[key] = weakref.ref(lazy, lambda _, key=key: pending.drop(key))
+    if len(pending.losses) >= _MOST:
+        pending.compute()
     return True

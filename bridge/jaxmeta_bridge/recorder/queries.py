@@ -41,8 +41,13 @@ _READS = [
     *(_T.item, _T.tolist, _T.__bool__, _T.__int__, _T.__float__, _T.__index__, _T.__complex__),
     *(_T.__contains__, _T.equal, torch.equal, _T.allclose, torch.allclose, torch.is_nonzero),
     *(_T.is_nonzero, _T.__dlpack__, _T.__dlpack_device__, torch.from_dlpack),
-    *(_T.untyped_storage, _T.storage, _T.data_ptr, _T.storage_type, _T.to_sparse),
 ]
+
+
+def _memory(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Of the value's memory, which lives as long as the recorded tensor."""
+    shown = args[0].__dict__["_shown"] = read(args[0]._value)
+    return func(shown, *args[1:], **kwargs)
 
 
 def _numpy(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -125,6 +130,8 @@ for _function in _STATIC_METHODS:
     HANDLERS[_function] = _static
 for _function in _READS:
     HANDLERS[_function] = _on_value
+for _function in (_T.untyped_storage, _T.storage, _T.data_ptr, _T.storage_type):
+    HANDLERS[_function] = _memory
 for _function in _LIKES:
     HANDLERS[_function] = _new_like
 HANDLERS |= {

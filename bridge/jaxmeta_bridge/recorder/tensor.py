@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from jaxmeta_bridge.errors import UnsupportedOpError
 from jaxmeta_bridge.recorder import calls
 from jaxmeta_bridge.recorder.calls import Outcome, Slot
 from jaxmeta_bridge.recorder.capture import capture, number
@@ -68,6 +69,16 @@ def leaf_of(tensor: Any) -> Value:
     return tensor._value if tensor._root is None else tensor._root
 
 
+def refuse_transformations() -> None:
+    """Raises inside of torch.func's transformations."""
+    if _transforming():
+        raise UnsupportedOpError(
+            "A tensor of an inner loop meets a transformation of torch.func (grad, vmap, jvp), "
+            "which has no values to record. Use torch.autograd.grad(..., create_graph=True), or a "
+            "Python loop in place of vmap."
+        )
+
+
 class RecordsInCheckpoint(BaseException):
     """A call on recorded tensors inside of a reentrant checkpoint."""
 
@@ -79,6 +90,7 @@ class _Inside(threading.local):
 INSIDE = _Inside()
 _OUTCOMES: dict[Any, Outcome | None] = {}
 _MISSING: Any = object()
+_transforming: Any = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
 _is_autocast: Any = torch.is_autocast_enabled
 
 
@@ -90,6 +102,8 @@ def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     grad = torch.is_grad_enabled()
     if not grad and INSIDE.checkpoint:
         raise RecordsInCheckpoint
+    if _transforming():
+        refuse_transformations()
     try:
         key = [func, grad, _autocast(), torch.get_default_dtype()]
         for arg in args:
@@ -130,6 +144,8 @@ def record_values(func: Callable[..., Any], args: list[torch.Tensor]) -> Any:
       func: returns one new tensor.
       args: its arguments.
     """
+    if _transforming():
+        refuse_transformations()
     values = [a._value if type(a) is Recorded else capture(a) for a in args]
     grad = torch.is_grad_enabled()
     key = (func, grad, _autocast(), torch.get_default_dtype(), *[v.kind for v in values])
