@@ -61,6 +61,8 @@ class OptimizerState:
         self.groups = [_GroupState() for _ in other.param_groups]
         for group, states in zip(other.param_groups, self.groups, strict=True):
             _, static = rule.split(group)
+            # Also what the present options do not need: they may be switched on.
+            static = tuple((name, value or value is False) for name, value in static)
             for index, parameter in enumerate(group["params"]):
                 found = other.state.get(parameter)
                 if not found:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from jaxmeta_bridge.errors import UnsupportedOpError
-from jaxmeta_bridge.recorder.execute import default_adjoint, leaf_tensor, make_leaf, with_graph
+from jaxmeta_bridge.recorder.capture import leaf_tensor
+from jaxmeta_bridge.recorder.execute import default_adjoint, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
 from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window, gradient_inputs
 from jaxmeta_bridge.recorder.inplace import rebind, with_derivative_of
@@ -103,7 +104,8 @@ def _edge(tensor: torch.Tensor) -> Any:
 
 def _origin(value: Value) -> Any:
     """The place in torch's graph of what an input was copied from, or of a leaf itself."""
-    return _edge(value.data) if value.leaf else value.data.grad_fn.next_functions[0]
+    leaf = leaf_tensor(value)
+    return value.data.grad_fn.next_functions[0] if leaf is None else _edge(leaf)
 
 
 def _is_end(origin: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from jaxmeta_bridge.dlpack import check_tensor, is_wrapped
+from jaxmeta_bridge.program import strides_of
 from jaxmeta_bridge.recorder.graph import Kind, Value
 
 
@@ -45,7 +46,9 @@ def capture(tensor: torch.Tensor) -> Value:
     if not is_wrapped(tensor):
         check_tensor(tensor, "a tensor in the inner loop")
     data = _copy(tensor)
-    value = Value.input(Kind.like(data), data)
+    value = Value.input(Kind.of(tuple(data.shape), data.dtype, grad, strides_of(data)), data)
+    if grad and tensor.is_leaf:
+        value.origin, value.origin_key = weakref.ref(tensor), id(tensor)
     if not is_wrapped(tensor):
         reference = weakref.ref(tensor, lambda _: _SEEN.by_id.pop(key, None))
         _SEEN.by_id[key] = (reference, version, grad, weakref.ref(value))
@@ -53,10 +56,49 @@ def capture(tensor: torch.Tensor) -> Value:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.requires_grad:
+    if tensor.requires_grad and not tensor.is_leaf:
         with torch.inference_mode(False), torch.enable_grad():
             return tensor.clone()
     return tensor.detach().clone()
+
+
+class _Link(torch.autograd.Function):
+    """The values of the second tensor, with gradients that go to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def linked(value: Value) -> Any:
+    """What an input is in torch's graph.
+
+    The recording itself does not hold on to the leaves that it has copied: what is owed to their
+    `.grad` would keep them alive for ever.
+    """
+    leaf = None if value.origin is None else value.origin()
+    if leaf is None:
+        return value.data
+    if value.linked is None:
+        with torch.inference_mode(False), torch.enable_grad():
+            value.linked = _Link.apply(leaf, value.data)
+    return value.linked
+
+
+def leaf_tensor(value: Value) -> torch.Tensor | None:
+    """The leaf of torch's graph that an input is, or is a copy of; None if it is no leaf's copy."""
+    if value.leaf:
+        return value.data
+    return None if value.origin is None else value.origin()
+
+
+def leaf_key(value: Value) -> int | None:
+    """The `id` of that leaf, which may be gone by now."""
+    return id(value.data) if value.leaf else value.origin_key
 
 
 def number(value: complex) -> Value:

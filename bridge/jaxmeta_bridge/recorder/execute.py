@@ -13,6 +13,7 @@ import torch
 import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
+from jaxmeta_bridge.recorder.capture import leaf_key, linked
 from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, Value, analyse, gradient_inputs, value_at
 from jaxmeta_bridge.recorder.history import note_run
@@ -228,7 +229,9 @@ def with_graph(
         for window in needed_windows(values, _is_known_constant):
             window.hidden = True
     for place, index in enumerate(program.singles):
-        if isinstance(row[place], torch.Tensor) and inputs[index].key not in active:
+        if inputs[index].key in active:
+            row[place] = linked(inputs[index])
+        elif isinstance(row[place], torch.Tensor):
             row[place] = row[place].detach()
     with torch.enable_grad():
         outputs, _ = apply(program.program, row)
@@ -248,8 +251,8 @@ def _prepare(
     return program, program.operands(inputs), active, inputs
 
 
-def gradients(losses: Sequence[Value]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Leaves and the gradient of the sum of the losses by each; a leaf may come several times."""
+def gradients(losses: Sequence[Value]) -> list[tuple[int | None, torch.Tensor]]:
+    """The gradient of the sum of the losses by each leaf, with its key; a leaf may come twice."""
     program, row, active, inputs = _prepare(losses, None)
     mask = tuple(
         isinstance(row[place], torch.Tensor) and inputs[index].key in active
@@ -258,20 +261,7 @@ def gradients(losses: Sequence[Value]) -> list[tuple[torch.Tensor, torch.Tensor]
     row = [o.detach() if isinstance(o, torch.Tensor) else o for o in row]
     arrays = adopt(execute(program.gradients(mask), row))
     chosen = [inputs[index] for index, wanted in zip(program.singles, mask, strict=True) if wanted]
-    return [(leaf_tensor(v), array) for v, array in zip(chosen, arrays, strict=True)]
-
-
-def leaf_tensor(value: Value) -> Any:
-    """The leaf of torch's graph that an input is, or is a copy of; None if it is more than that."""
-    if value.leaf:
-        return value.data
-    function = value.data.grad_fn
-    while function is not None and len(function.next_functions) == 1:
-        following = function.next_functions[0][0]
-        if hasattr(following, "variable"):
-            return following.variable
-        return None
-    return None
+    return [(leaf_key(v), array) for v, array in zip(chosen, arrays, strict=True)]
 
 
 def _is_known_constant(value: Value) -> bool:

@@ -138,11 +138,26 @@ class Value:
       ref: which value of the window.
       data: of an input: a tensor of its own, or a Python number.
       leaf: whether torch's `backward` accumulates here.
+      origin: weak reference to the leaf of torch's graph that an input is a copy of.
+      origin_key: its `id`.
+      linked: the input as an ordinary tensor with a gradient to that leaf, once it was needed.
       exposed: whether torch's own graph may have got to know this input.
       key: equal for Values that are the same value.
     """
 
-    __slots__ = ("__weakref__", "data", "exposed", "key", "kind", "leaf", "ref", "window")
+    __slots__ = (
+        "__weakref__",
+        "data",
+        "exposed",
+        "key",
+        "kind",
+        "leaf",
+        "linked",
+        "origin",
+        "origin_key",
+        "ref",
+        "window",
+    )
 
     def __init__(self, kind: Kind, window: Window, ref: int) -> None:
         self.kind = kind
@@ -152,6 +167,9 @@ class Value:
         self.data: Any = None
         self.leaf = False
         self.exposed = False
+        self.origin: Any = None
+        self.origin_key: int | None = None
+        self.linked: torch.Tensor | None = None
 
     @classmethod
     def input(cls, kind: Kind, data: Any, leaf: bool = False) -> "Value":
@@ -164,6 +182,7 @@ class Value:
         value.data = data
         value.leaf = leaf
         value.exposed = False
+        value.origin = value.linked = value.origin_key = None
         return value
 
     def become_input(self, data: Any) -> None:
@@ -287,7 +306,7 @@ def gradient_inputs(values: Sequence[Value]) -> list[Value]:
         window = value.window
         if window is None or value.leaf:
             # An optimizer's first state is constant, though later ones are not.
-            if value.leaf or value.data.grad_fn is not None:
+            if value.leaf or value.origin is not None or value.data.grad_fn is not None:
                 found.setdefault(value.key, value)
             return
         if window not in needs:

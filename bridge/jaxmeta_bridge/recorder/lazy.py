@@ -47,9 +47,10 @@ class _Pending:
             found = gradients(losses)
         except BaseException:
             self.owed, self.losses = owed, losses
+            _OPEN.pending = self
             raise
-        for leaf, gradient in found:
-            lazy = waiting.get(id(leaf))
+        for key, gradient in found:
+            lazy = waiting.get(key) if key is not None else None
             if lazy is not None:
                 lazy._real = gradient if lazy._real is None else lazy._real + gradient
         for lazy in waiting.values():
@@ -71,7 +72,7 @@ _OPEN = _Open()
 class LazyGradient(torch.Tensor):
     """The `.grad` of a leaf, computed when it is used."""
 
-    _pending: _Pending | None
+    _pending: Any  # weak reference to what it waits for; None if it is there
     _real: torch.Tensor | None
     _leaf_shape: Any
     _leaf_dtype: Any
@@ -115,7 +116,7 @@ def _settle(leaf: Any) -> Any:
     if type(leaf) is not LazyGradient:
         return leaf
     if leaf._pending is not None:
-        leaf._pending.compute()
+        leaf._pending().compute()
     return leaf._real
 
 
@@ -146,7 +147,7 @@ def defer(losses: Sequence[Value], leaves: Sequence[torch.Tensor]) -> bool:
     for leaf in leaves:
         if leaf.grad is None:
             lazy = _make(LazyGradient, leaf.shape, dtype=leaf.dtype, device=leaf.device)
-            lazy._pending, lazy._real = pending, None
+            lazy._pending, lazy._real = weakref.ref(pending), None
             lazy._leaf_shape, lazy._leaf_dtype = leaf.shape, leaf.dtype
             leaf.grad = lazy
             key = id(leaf)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as torch_tree
 from jaxmeta_bridge.autograd import Program, apply
 from jaxmeta_bridge.dlpack import adopt
 from jaxmeta_bridge.recorder.calls import CallOp
+from jaxmeta_bridge.recorder.capture import linked
 from jaxmeta_bridge.recorder.execute import compute, default_adjoint, make_leaf
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, Value, Window, operands
 
@@ -23,7 +24,7 @@ def real(value: Value) -> Any:
         make_leaf(value)
     if value.window is None:
         value.exposed = True
-        return value.data
+        return linked(value)
     if not value.kind.grad:
         compute([value])
         return adopt([value.array])[0].clone()
