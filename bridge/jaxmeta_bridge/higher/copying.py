@@ -32,6 +32,7 @@ class Copied:
     root: Any
     modules: list[Any]
     bindings: list[Binding]
+    parameters: list[Any]  # the distinct ones of the original
 
 
 def copy_module(
@@ -52,14 +53,15 @@ def copy_module(
         prefix = "Functional" if original is module else "InnerFunctional"
         cls = class_of(type(original), prefix)
         copies[id(original)] = cls.__new__(cls)
-    numbers = {id(parameter): index for index, parameter in enumerate(module.parameters())}
+    distinct = list(module.parameters())
+    numbers = {id(parameter): index for index, parameter in enumerate(distinct)}
     bindings: list[Binding] = []
     for original in originals:
         state = copies[id(original)].__dict__
+        state.update(original.__dict__)
         for name, attribute in original.__dict__.items():
-            if type(attribute) not in _PLAIN:
-                attribute = _translate(name, attribute, copies)
-            state[name] = attribute
+            if type(attribute) not in _PLAIN and name not in _OWN:
+                state[name] = _translate(name, attribute, copies)
         parameters: dict[str, Any] = OrderedDict()
         for name, parameter in original._parameters.items():
             parameters[name] = None if parameter is None else placeholder(name)
@@ -72,9 +74,10 @@ def copy_module(
             for name, child in original._modules.items()
         )
         _drop_backward_hooks(original, state)
-    return Copied(copies[id(module)], list(copies.values()), bindings)
+    return Copied(copies[id(module)], list(copies.values()), bindings, distinct)
 
 
+_OWN = {"_parameters", "_buffers", "_modules"}
 _PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size}
 
 
@@ -92,7 +95,7 @@ def _drop_backward_hooks(original: nn.Module, state: dict[str, Any]) -> None:
 
 def _translate(name: str, value: Any, copies: dict[int, Any]) -> Any:
     if name.startswith("_") and name.endswith(("hooks", "hooks_with_kwargs", "always_called")):
-        return type(value)(value) if isinstance(value, dict | set) else value
+        return value.copy() if value else type(value)()
     return _map(value, copies, 0)
 
 

@@ -119,8 +119,8 @@ class DifferentiableOptimizer:
                     "own, so step(loss, params=...) has to be given what to step."
                 )
         params = list(params)
-        gradients: Any = self._gradients(loss, params)
         callback = grad_callback if grad_callback is not None else self._grad_callback
+        gradients: Any = self._gradients(loss, params, callback is None)
         if callback is not None:
             gradients = callback(gradients)
             if gradients is None or len(gradients) != len(params):
@@ -134,7 +134,7 @@ class DifferentiableOptimizer:
         recorder.begin_stretch()
         return new_params
 
-    def _gradients(self, loss: torch.Tensor, params: list[Any]) -> list[Any]:
+    def _gradients(self, loss: torch.Tensor, params: list[Any], unseen: bool) -> list[Any]:
         targets = [tensor for tensor in params if tensor.requires_grad]
         if not loss.requires_grad:
             raise RuntimeError(
@@ -161,6 +161,9 @@ class DifferentiableOptimizer:
             for tensor, index in zip(group["params"], mapping, strict=True):
                 if tensor is params[index]:
                     continue
+                if isinstance(self, _RuleOptimizer):
+                    new_params[index] = tensor
+                    continue
                 if not self._track_higher_grads and not tensor.is_leaf:
                     tensor = recorder.to_leaf(tensor.detach(), params[index].requires_grad)
                 new_params[index] = tensor
@@ -185,6 +188,12 @@ class _RuleOptimizer(DifferentiableOptimizer):
         self._rule: Rule = rule_for(self._type)
         self._machine = OptimizerState(self._rule, other, device)
         return self._machine.groups
+
+    def _gradients(self, loss: torch.Tensor, params: list[Any], unseen: bool) -> list[Any]:
+        found = None
+        if unseen and type(self)._update is _RuleOptimizer._update:
+            found = recorder.step_gradients(loss, params, self._track_higher_grads)
+        return super()._gradients(loss, params, unseen) if found is None else found
 
     def _update(self, grouped_grads: list[list[Any]], **kwargs: Any) -> None:
         self._machine.update(

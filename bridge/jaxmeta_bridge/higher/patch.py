@@ -28,7 +28,6 @@ class _MonkeyPatchBase(nn.Module):
     _weights: "list[list[Any]] | None"
     _bindings: list[Binding]
     _track_higher_grads: bool
-    _param_mapping: list[int]
     _param_names: list[str]
     _being_modified_internally: bool
 
@@ -116,6 +115,10 @@ class _MonkeyPatchBase(nn.Module):
         """Puts the weights where the modules of the tree look for their parameters."""
         for binding in self._bindings:
             binding.parameters[binding.name] = params[binding.index]
+
+    @property
+    def _param_mapping(self) -> list[int]:
+        return [binding.index for binding in self._bindings]
 
     def _expand_params(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
         return [params[index] for index in self._param_mapping]
@@ -302,8 +305,8 @@ def make_functional(
     state["_version"] = 0  # counts changes of attributes anywhere in the tree
     state["_weights"] = None
     state["_track_higher_grads"] = True
-    state["_param_mapping"] = utils._get_param_mapping(module, [], [])
     state["_original_params"] = module.parameters()
+    state["_initial"] = copied.parameters
     for each in copied.modules:
         each.__dict__["_root"] = None if each is root else root
         each.__dict__["_param_names"] = [n for n, p in each._parameters.items() if p is not None]
@@ -331,7 +334,7 @@ def monkeypatch(
 
     def encapsulator(fmodule: Any, original: nn.Module) -> None:
         begin_stretch()
-        params: list[Any] = list(original.parameters())
+        params: list[Any] = fmodule.__dict__.pop("_initial")
         if device is not None:
             params = [parameter.to(device) for parameter in params]
         if copy_initial_weights:

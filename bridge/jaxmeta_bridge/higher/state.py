@@ -47,9 +47,6 @@ class _GroupState(dict[int, ParameterState]):
         return self[index]
 
 
-_SETTINGS: dict[Settings, Settings] = {}  # equal ones are one object
-
-
 class OptimizerState:
     """State of all parameters of an optimizer that torch has."""
 
@@ -83,34 +80,37 @@ class OptimizerState:
         members = []
         places = []
         for number, (group, grads) in enumerate(zip(param_groups, grouped_grads, strict=True)):
-            for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+            params, states, setting = group["params"], self.groups[number], settings[number]
+            for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 if grad is None:
                     continue
                 value = recorder.value_of(param)
-                state = self._state(settings[number], number, index, value, rows[number])
-                members.append((number, value, recorder.value_of(grad), state))
-                places.append((group["params"], number, index))
+                state = states[index]
+                if state.complete is not setting:
+                    self._complete(setting, state, value, rows[number])
+                if type(grad) is not Value:
+                    grad = recorder.value_of(grad)
+                members.append((number, value, grad, state.values_))
+                places.append((params, state, index))
         if not members:
             return
         options = [value for row in rows for value in row]
         results = recorder.add_update(settings, options, members, tracked, adjoint)
-        for (params, number, index), (new, state) in zip(places, results, strict=True):
+        for (params, state, index), (new, values) in zip(places, results, strict=True):
             params[index] = recorder.wrap(new)
-            self.groups[number][index].values_ = state
+            state.values_ = values
 
-    def _state(
-        self, settings: Settings, group: int, index: int, param: Value, options: Sequence[Value]
-    ) -> dict[str, Value]:
-        state = self.groups[group][index]
+    def _complete(
+        self, settings: Settings, state: ParameterState, param: Value, options: Sequence[Value]
+    ) -> None:
+        """Puts the initial state where there is none yet, and nothing that is not needed."""
         values = state.values_
-        if state.complete is settings:
-            return values
-        state.complete = settings
         names = recorder.state_names(settings, param, options)
-        if all(name in values for name in names):
-            return {name: values[name] for name in names}
-        start = recorder.start_state(settings, param, options, bool(self._rule.start))
-        return {name: values.get(name, start[name]) for name in names}
+        if not all(name in values for name in names):
+            start = recorder.start_state(settings, param, options, bool(self._rule.start))
+            values = {name: values.get(name, start[name]) for name in names}
+        state.values_ = {name: values[name] for name in names}
+        state.complete = settings
 
     def _settings(
         self, param_groups: list[dict[str, Any]]
@@ -133,8 +133,7 @@ class OptimizerState:
             items = value if isinstance(value, tuple) else (value,)
             names.append((name, len(items) if isinstance(value, tuple) else 0))
             row += [self._option(v) if isinstance(v, (int, float)) else v for v in items]
-        settings = Settings(self._rule, static, tuple(names))
-        return _SETTINGS.setdefault(settings, settings), row
+        return recorder.settings(self._rule, static, tuple(names)), row
 
     def _option(self, value: Any) -> Value:
         if isinstance(value, torch.Tensor):

@@ -1,7 +1,7 @@
 """Records torch calls on tensors without values, and runs them as compiled JAX programs."""
 
 from jaxmeta_bridge.recorder import autodiff, bounds, eager, inplace, queries
-from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad
+from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad, step_gradients
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
 from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, to_copies, to_leaf, to_recorded
@@ -9,7 +9,7 @@ from jaxmeta_bridge.recorder.functions import watch_torch
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.graph import close_window as begin_stretch
 from jaxmeta_bridge.recorder.tensor import Recorded, record_values, value_of, wrap
-from jaxmeta_bridge.recorder.update import Settings
+from jaxmeta_bridge.recorder.update import Settings, settings
 
 __all__ = [
     "Recorded",
@@ -27,8 +27,10 @@ __all__ = [
     "queries",
     "record_values",
     "recorded_grad",
+    "settings",
     "start_state",
     "state_names",
+    "step_gradients",
     "to_copies",
     "to_leaf",
     "to_ordinary",

@@ -103,19 +103,46 @@ def _edge(tensor: torch.Tensor) -> Any:
 
 
 def _origin(value: Value) -> Any:
-    """The place in torch's graph of what an input was copied from, or of a leaf itself."""
+    """The place in torch's graph of what an input was copied from; None if that is gone."""
     leaf = leaf_tensor(value)
-    return value.data.grad_fn.next_functions[0] if leaf is None else _edge(leaf)
+    if leaf is not None:
+        return _edge(leaf)
+    function = value.data.grad_fn
+    return None if function is None else function.next_functions[0]
 
 
 def _is_end(origin: Any) -> bool:
     """Whether it is a leaf, so that it depends on nothing else."""
-    return hasattr(origin[0], "variable")
+    return origin is None or hasattr(origin[0], "variable")
 
 
 def _total(gradients: list[Any]) -> Any:
     present = [gradient for gradient in gradients if gradient is not None]
     return sum(present[1:], present[0]) if present else None
+
+
+def step_gradients(
+    loss: torch.Tensor, params: Sequence[torch.Tensor], create_graph: bool
+) -> list[Value | None] | None:
+    """The gradients of a loss as values of the recording; None where it does not know all ways.
+
+    The usual inner step, without a tensor object for each gradient.
+    """
+    if type(loss) is not Recorded or not loss._value.kind.grad:
+        return None
+    values = []
+    for tensor in params:
+        if type(tensor) is not Recorded:
+            return None
+        value = tensor._value if tensor._root is None else tensor._root
+        if value.kind.grad and is_real(value):
+            return None
+        values.append(value)
+    if all([value.kind.grad for value in values]):
+        return add_gradient([loss._value], values, None, create_graph)
+    targets = [value for value in values if value.kind.grad]
+    found = iter(add_gradient([loss._value], targets, None, create_graph))
+    return [next(found) if value.kind.grad else None for value in values]
 
 
 def recorded_grad(
@@ -200,14 +227,15 @@ def _defer(outs: Sequence[Any]) -> bool:
     if not all(type(out) is Recorded for out in outs):
         return False
     values = [out._value for out in outs]
+    inputs = gradient_inputs(values)
     targets = []
-    for value in gradient_inputs(values):
+    for value in inputs:
         make_leaf(value)
         leaf = leaf_tensor(value)
         if leaf is None:
             return False
         targets.append(leaf)
-    return defer(values, targets)
+    return defer(values, inputs, targets)
 
 
 def _backward_handler(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

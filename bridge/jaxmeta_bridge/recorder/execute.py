@@ -15,7 +15,15 @@ from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
 from jaxmeta_bridge.recorder.capture import leaf_key, linked
 from jaxmeta_bridge.recorder.emit import Emitter
-from jaxmeta_bridge.recorder.graph import INDEX_BITS, Value, analyse, gradient_inputs, value_at
+from jaxmeta_bridge.recorder.gradient import GradientOp
+from jaxmeta_bridge.recorder.graph import (
+    INDEX_BITS,
+    Value,
+    analyse,
+    gradient_inputs,
+    note_read,
+    value_at,
+)
 from jaxmeta_bridge.recorder.history import note_run
 from jaxmeta_bridge.recorder.loops import OWN, Loop, Part, find_loops
 from jaxmeta_bridge.recorder.plan import Plan, make_plan, needed_windows
@@ -178,7 +186,9 @@ def read(value: Value) -> torch.Tensor:
     """What a value is, as an ordinary tensor of its own without gradient."""
     if value.window is None:
         return torch.as_tensor(value.data).detach().clone()
-    compute(_together(value))
+    if value.array is None:
+        compute(_together(value))
+        note_read()
     tensor = value.kind.empty().copy_(adopt([value.array])[0])
     if not value.kind.grad:  # nothing leads back from here: what it was computed from may go
         value.become_input(tensor)
@@ -187,7 +197,10 @@ def read(value: Value) -> torch.Tensor:
 
 
 def _steps_before(values: Sequence[Value]) -> list[Value]:
-    """What the last steps before the values left: kept, so that the next read goes on from there."""
+    """What the last steps before the values left: kept, so that the next read goes on from there.
+
+    Also what the values take from a stretch that reads have ended, for the same reason.
+    """
     found: list[Value] = []
     seen = {value.key for value in values}
     for value in values:
@@ -198,17 +211,17 @@ def _steps_before(values: Sequence[Value]) -> list[Value]:
             if source.window is None or source.array is not None:
                 continue
             for each in _together(source):
-                if each.key not in seen and isinstance(each.op, UpdateOp):
+                if each.key not in seen and (source.window.read or isinstance(each.op, UpdateOp)):
                     seen.add(each.key)
                     found.append(each)
     return found
 
 
 def _together(value: Value) -> list[Value]:
-    """Values that are read one after the other, as a rule: the parameters after a step."""
+    """Values that are read one after the other, as a rule: parameters after a step, gradients."""
     window, position = value.window, value.ref >> INDEX_BITS
     assert window is not None
-    if not isinstance(value.op, UpdateOp):
+    if not isinstance(value.op, UpdateOp | GradientOp):
         return [value]
     return [value_at(window, position << INDEX_BITS | i) for i in range(len(value.op.kinds))]
 
@@ -239,21 +252,23 @@ def with_graph(
 
 
 def _prepare(
-    values: Sequence[Value], adjoint: Any
+    values: Sequence[Value], adjoint: Any, active: dict[Any, Value] | None = None
 ) -> tuple[CompiledPlan, list[Any], set[Any], list[Value]]:
     """The program for values, its operands, and keys of the inputs that gradients lead to."""
-    for value in gradient_inputs(values):
+    if active is None:
+        active = {value.key: value for value in gradient_inputs(values)}
+    for value in active.values():
         make_leaf(value)
     plan, inputs = make_plan(values, _is_known_constant)
     program = compiled(plan, adjoint or default_adjoint())
     STATISTICS.run += 1
-    active = {value.key for value in gradient_inputs(values)}
-    return program, program.operands(inputs), active, inputs
+    # What was a leaf in the recording is an input by now.
+    return program, program.operands(inputs), {value.key for value in active.values()}, inputs
 
 
-def gradients(losses: Sequence[Value]) -> list[tuple[int | None, torch.Tensor]]:
+def gradients(losses: Sequence[Value], active: dict[Any, Value]) -> list[tuple[int | None, torch.Tensor]]:
     """The gradient of the sum of the losses by each leaf, with its key; a leaf may come twice."""
-    program, row, active, inputs = _prepare(losses, None)
+    program, row, active, inputs = _prepare(losses, None, active)
     mask = tuple(
         isinstance(row[place], torch.Tensor) and inputs[index].key in active
         for place, index in enumerate(program.singles)

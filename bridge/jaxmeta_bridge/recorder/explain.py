@@ -170,7 +170,7 @@ def _summary(kinds: Iterable[Kind | None]) -> str:
 
 def _kind(kind: Kind) -> str:
     dtype = str(kind.dtype).removeprefix("torch.")
-    return f"{dtype}{list(kind.shape)}{' with grad' if kind.grad else ''}"
+    return f"{dtype}[{','.join(map(str, kind.shape))}]{' with grad' if kind.grad else ''}"
 
 
 def _bytes(count: float) -> str:

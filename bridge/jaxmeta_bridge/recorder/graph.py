@@ -110,6 +110,7 @@ class Window:
         "closed",
         "externals",
         "hidden",
+        "read",
         "reals",
         "serial",
         "slots",
@@ -126,6 +127,7 @@ class Window:
         self.closed = False
         self.arrays: dict[int, Any] = {}  # values that were computed
         self.reals: dict[int, torch.Tensor] | None = None  # values in torch's own graph
+        self.read = False  # whether a value was computed while operations were still added
         self.hidden = False  # whether differentiable tensors of torch's come from inside a program
 
 
@@ -142,14 +144,13 @@ class Value:
       origin_key: its `id`.
       linked: the input as an ordinary tensor with a gradient to that leaf, once it was needed.
       exposed: whether torch's own graph may have got to know this input.
-      key: equal for Values that are the same value.
     """
 
     __slots__ = (
         "__weakref__",
+        "_key",
         "data",
         "exposed",
-        "key",
         "kind",
         "leaf",
         "linked",
@@ -163,7 +164,7 @@ class Value:
         self.kind = kind
         self.window: Window | None = window
         self.ref = ref
-        self.key: Any = (window, ref)
+        self._key: Any = None
         self.data: Any = None
         self.leaf = False
         self.exposed = False
@@ -178,15 +179,23 @@ class Value:
         value.kind = kind
         value.window = None
         value.ref = 0
-        value.key = value
+        value._key = value
         value.data = data
         value.leaf = leaf
         value.exposed = False
         value.origin = value.linked = value.origin_key = None
         return value
 
+    @property
+    def key(self) -> Any:
+        """Equal for Values that are the same value."""
+        if self._key is None:
+            self._key = (self.window, self.ref)
+        return self._key
+
     def become_input(self, data: Any) -> None:
         """Forgets how it was made, now that `data` is known."""
+        self._key = self.key
         self.data = data
         self.window = None
 
@@ -232,6 +241,13 @@ def close_window() -> None:
     """Ends the present stretch: the next operation begins another."""
     if _TAPE.window.state is not ROOT:
         _TAPE.window.closed = True
+
+
+def note_read() -> None:
+    """Ends the present stretch at the second read: what comes next need not repeat all before it."""
+    window = _TAPE.window
+    window.closed = window.closed or window.read
+    window.read = window.state is not ROOT
 
 
 def open_window() -> Window:

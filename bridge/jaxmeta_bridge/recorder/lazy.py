@@ -24,6 +24,7 @@ class _Pending:
 
     def __init__(self) -> None:
         self.losses: list[Value] = []
+        self.inputs: dict[Any, Value] = {}  # by key, all to which gradients of the losses lead
         self.owed: dict[int, Any] = {}  # id of a leaf -> weak reference to what stands in its .grad
         self.dropped: set[int] = set()  # leaves whose owed gradient was thrown away
 
@@ -32,21 +33,21 @@ class _Pending:
         if self.owed.pop(key, None) is not None:
             self.dropped.add(key)
         if not self.owed:
-            self.losses, self.dropped = [], set()
+            self.losses, self.dropped, self.inputs = [], set(), {}
 
     def compute(self) -> None:
         """Pays all."""
-        owed, losses = self.owed, self.losses
-        self.owed, self.losses, self.dropped = {}, [], set()
+        owed, losses, inputs = self.owed, self.losses, self.inputs
+        self.owed, self.losses, self.dropped, self.inputs = {}, [], set(), {}
         if _OPEN.pending is self:
             _OPEN.pending = None
         waiting = {key: lazy for key, ref in owed.items() if (lazy := ref()) is not None}
         if not waiting:
             return
         try:
-            found = gradients(losses)
+            found = gradients(losses, inputs)
         except BaseException:
-            self.owed, self.losses = owed, losses
+            self.owed, self.losses, self.inputs = owed, losses, inputs
             _OPEN.pending = self
             raise
         for key, gradient in found:
@@ -120,12 +121,15 @@ def _settle(leaf: Any) -> Any:
     return leaf._real
 
 
-def defer(losses: Sequence[Value], leaves: Sequence[torch.Tensor]) -> bool:
+def defer(
+    losses: Sequence[Value], inputs: Sequence[Value], leaves: Sequence[torch.Tensor]
+) -> bool:
     """Owes the gradients of the losses to the leaves; False if they must be paid at once.
 
     Args:
       losses: scalars.
-      leaves: all tensors that they lead gradients to.
+      inputs: all values that they lead gradients to.
+      leaves: the tensors which these are, or are copies of.
     """
     pending = _OPEN.pending or _Pending()
     if any(
@@ -144,6 +148,7 @@ def defer(losses: Sequence[Value], leaves: Sequence[torch.Tensor]) -> bool:
             return False
     _OPEN.pending = pending
     pending.losses.extend(losses)
+    pending.inputs.update((value.key, value) for value in inputs)
     for leaf in leaves:
         if leaf.grad is None:
             lazy = _make(LazyGradient, leaf.shape, dtype=leaf.dtype, device=leaf.device)

@@ -12,9 +12,9 @@ from jaxmeta_bridge.optim import Rule
 from jaxmeta_bridge.recorder.graph import Kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """The options of a parameter group, without the values of its numbers.
+    """The options of a parameter group, without the values of its numbers; see `settings`.
 
     Attributes:
         rule: the optimizer.
@@ -145,6 +145,19 @@ def _struct(kind: Kind) -> jax.ShapeDtypeStruct:
 def _kind(struct: Any, grad: bool) -> Kind:
     dtype = TO_TORCH[struct.dtype]
     return Kind.of(tuple(struct.shape), dtype, grad and dtype.is_floating_point)
+
+
+_SETTINGS: dict[Any, Settings] = {}
+
+
+def settings(
+    rule: Rule, static: tuple[Any, ...], numbers: tuple[tuple[str, int], ...]
+) -> Settings:
+    """The one object with these attributes."""
+    key = (rule, static, numbers)
+    if key not in _SETTINGS:
+        _SETTINGS.setdefault(key, Settings(*key))
+    return _SETTINGS[key]
 
 
 _STARTS: dict[Any, StartOp] = {}
