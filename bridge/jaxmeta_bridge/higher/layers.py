@@ -16,13 +16,7 @@ from jaxmeta_bridge.higher.copying import Binding, copy_module
 
 _PURE: set[type[nn.Module]] = {
     getattr(nn, name)
-    for name in (
-        "Sequential Identity Flatten Unflatten Linear Bilinear Conv1d Conv2d Conv3d "
-        "ConvTranspose1d ConvTranspose2d ConvTranspose3d MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
-        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d LayerNorm "
-        "GroupNorm Dropout ReLU ReLU6 LeakyReLU ELU SELU CELU GELU Sigmoid Tanh Softplus SiLU Mish "
-        "Hardtanh Softmax LogSoftmax Softsign LogSigmoid Hardswish Hardsigmoid"
-    ).split()
+    for name in ["Sequential", "Identity", "Flatten", "Unflatten", "Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "MaxPool1d", "MaxPool2d", "MaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "LayerNorm", "GroupNorm", "Dropout", "ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "Sigmoid", "Tanh", "Softplus", "SiLU", "Mish", "Hardtanh", "Softmax", "LogSoftmax", "Softsign", "LogSigmoid", "Hardswish", "Hardsigmoid"]
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -31,7 +25,9 @@ class Layer:
     """A tree of such layers as a function of an input and its distinct parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        copied = copy_module(module, lambda base, _: getattr(base, "_original", base), lambda _: None)
+        copied = copy_module(
+            module, lambda base, _: getattr(base, "_original", base), lambda _: None
+        )
         self._root = copied.root
         self._bindings = copied.bindings
         self._lock = threading.RLock()

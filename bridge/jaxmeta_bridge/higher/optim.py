@@ -12,6 +12,7 @@ from jaxmeta_bridge.higher.options import apply_override, copy_group
 from jaxmeta_bridge.higher.state import OptimizerState
 from jaxmeta_bridge.optim import Rule, rule_for
 
+_UNTRACKED = 64  # steps without gradients that may wait to be computed
 GradCallback = Callable[[list[Any]], Sequence[Any]]
 # Names that scripts annotate with.
 _GroupedGradsType = list[list[Any]]
@@ -183,6 +184,7 @@ class _RuleOptimizer(DifferentiableOptimizer):
     """One that torch has itself."""
 
     _type: type[torch.optim.Optimizer]
+    _steps = 0
 
     def _initial_state(self, other: Any, device: torch.device | None) -> list[Any]:
         self._rule: Rule = rule_for(self._type)
@@ -199,6 +201,18 @@ class _RuleOptimizer(DifferentiableOptimizer):
         self._machine.update(
             self.param_groups, grouped_grads, self._track_higher_grads, self._adjoint
         )
+        if not self._track_higher_grads:
+            self._steps += 1
+            if self._steps % _UNTRACKED == 0:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Lets go of the steps so far, and of their batches: nothing leads back to them."""
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if self._fmodel is not None:
+            tensors += self._fmodel.buffers()
+        values = [tensor._value for tensor in tensors if isinstance(tensor, recorder.Recorded)]
+        recorder.settle([*values, *self._machine.values()])
 
 
 def _differentiable(name: str) -> type[_RuleOptimizer]:

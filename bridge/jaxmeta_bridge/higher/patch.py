@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from jaxmeta_bridge.higher import utils
 from jaxmeta_bridge.higher.copying import Binding, copy_module
 from jaxmeta_bridge.higher.layers import LayerCall, layer_call
 from jaxmeta_bridge.recorder import (
@@ -187,7 +186,12 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _set(self: Any, name: str, value: Any) -> None:
     parameters = self.__dict__.get("_parameters")
     bound = (self.__dict__.get("_root") or self).__dict__.get("_bound", False)
-    if bound and parameters is not None and name in parameters and not isinstance(value, _Placeholder):
+    if (
+        bound
+        and parameters is not None
+        and name in parameters
+        and not isinstance(value, _Placeholder)
+    ):
         if parameters[name] is None and value is None:
             return
         self._replace(name, value)
@@ -200,9 +204,7 @@ def _set(self: Any, name: str, value: Any) -> None:
     self._original.__setattr__(self, name, value)
 
 
-def _parameters(
-    self: Any, recurse: bool = True, time: int | None = None
-) -> Iterator[torch.Tensor]:
+def _parameters(self: Any, recurse: bool = True, time: int | None = None) -> Iterator[torch.Tensor]:
     """The fast weights, each distinct one once.
 
     Args:
@@ -226,11 +228,16 @@ def _parameters(
     return iter(self._weights[time])
 
 
-def _apply_to_all(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+def _apply_to_all(
+    self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> Any:
     """nn.Module's way of `to`, `float` and the like, for fast weights."""
     root = self.root
-    mine = {id(binding.parameters[binding.name]) for binding in root._bindings
-            if any(binding.parameters is module._parameters for module in self.modules())}
+    mine = {
+        id(binding.parameters[binding.name])
+        for binding in root._bindings
+        if any(binding.parameters is module._parameters for module in self.modules())
+    }
     if root._weights is not None:
         latest = root._weights[-1]
         root._weights[-1] = [to_recorded(fn(t)) if id(t) in mine else t for t in latest]
@@ -349,9 +356,7 @@ def monkeypatch(
     return fmodule
 
 
-def buffer_sync(
-    module: nn.Module, fmodule: nn.Module, device: torch.device | None = None
-) -> None:
+def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | None = None) -> None:
     """Copies the buffers of one module to the other, of which either may be the patched one.
 
     Args:

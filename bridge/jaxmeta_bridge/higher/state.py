@@ -100,6 +100,11 @@ class OptimizerState:
             params[index] = recorder.wrap(new)
             state.values_ = values
 
+    def values(self) -> list[Value]:
+        """All that is kept."""
+        states = [state for group in self.groups for state in group.values()]
+        return [value for state in states for value in state.values_.values()]
+
     def _complete(
         self, settings: Settings, state: ParameterState, param: Value, options: Sequence[Value]
     ) -> None:

@@ -4,7 +4,15 @@ from jaxmeta_bridge.recorder import autodiff, bounds, eager, inplace, queries
 from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad, step_gradients
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
-from jaxmeta_bridge.recorder.enter import add_update, start_state, state_names, to_copies, to_leaf, to_recorded
+from jaxmeta_bridge.recorder.enter import (
+    add_update,
+    start_state,
+    state_names,
+    to_copies,
+    to_leaf,
+    to_recorded,
+)
+from jaxmeta_bridge.recorder.execute import settle
 from jaxmeta_bridge.recorder.functions import watch_torch
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.graph import close_window as begin_stretch
@@ -28,6 +36,7 @@ __all__ = [
     "record_values",
     "recorded_grad",
     "settings",
+    "settle",
     "start_state",
     "state_names",
     "step_gradients",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from jaxmeta_bridge.dlpack import check_tensor, is_wrapped
+from jaxmeta_bridge.errors import ConversionError
 from jaxmeta_bridge.program import strides_of
 from jaxmeta_bridge.recorder.graph import Kind, Value
 
@@ -45,6 +46,11 @@ def capture(tensor: torch.Tensor) -> Value:
         return value
     if not is_wrapped(tensor):
         check_tensor(tensor, "a tensor in the inner loop")
+        if not tensor.is_cpu:
+            raise ConversionError(
+                f"a tensor in the inner loop is on {tensor.device}; the drop-in records tensors on "
+                "the CPU only so far. Use jaxmeta.meta_unroll with from_torch on other devices."
+            )
     data = _copy(tensor)
     value = Value.input(Kind.of(tuple(data.shape), data.dtype, grad, strides_of(data)), data)
     if grad and tensor.is_leaf:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, analyse
 from jaxmeta_bridge.recorder.loops import CARRIED, FIXED, OWN, Loop, Part
-from jaxmeta_bridge.recorder.plan import Leaf, Plan
+from jaxmeta_bridge.recorder.plan import Plan
 
 # Of a window in the plan and one of its externals: the array.
 Lookup = Callable[[int, int], Any]
@@ -115,9 +115,7 @@ class Emitter:
         for place, iterations in wanted.items():
             for iteration in iterations:
                 address = (start + iteration * period + place[0], place[1])
-                results[address] = (
-                    final[place] if place in final else stacks[place][iteration]
-                )
+                results[address] = final[place] if place in final else stacks[place][iteration]
         return results
 
     def _run(
@@ -166,4 +164,3 @@ def run_state(
         for index, output in enumerate(outputs):
             values[position << INDEX_BITS | index] = output
     return {ref: values[ref] for ref in needed}
-

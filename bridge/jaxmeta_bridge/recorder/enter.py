@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.autograd import execute
+from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window
 from jaxmeta_bridge.recorder.tensor import Recorded, wrap
 from jaxmeta_bridge.recorder.update import Member, Settings, start_op, update_op

@@ -18,6 +18,7 @@ from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.gradient import GradientOp
 from jaxmeta_bridge.recorder.graph import (
     INDEX_BITS,
+    State,
     Value,
     analyse,
     gradient_inputs,
@@ -124,9 +125,7 @@ def _is_plain(kinds: set[Any]) -> bool:
     return all(sort is not type(None) for _, sort in kinds)
 
 
-def _used_alone(
-    plan: Plan, parts: Sequence[Part], stacks: dict[Any, list[int]]
-) -> set[int]:
+def _used_alone(plan: Plan, parts: Sequence[Part], stacks: dict[Any, list[int]]) -> set[int]:
     """Inputs that something takes by themselves, though a loop may have them in a stack as well."""
     alone = {~ref for ref in plan.wanted if type(ref) is int}
     for part in parts:
@@ -218,12 +217,31 @@ def _steps_before(values: Sequence[Value]) -> list[Value]:
 
 
 def _together(value: Value) -> list[Value]:
-    """Values that are read one after the other, as a rule: parameters after a step, gradients."""
+    """Values that are read one after the other, as a rule.
+
+    The parameters after a step, gradients, and all the numbers that a stretch computes: losses and
+    metrics.
+    """
     window, position = value.window, value.ref >> INDEX_BITS
     assert window is not None
     if not isinstance(value.op, UpdateOp | GradientOp):
-        return [value]
+        refs = () if value.kind.shape else _numbers(window.state)
+        return [value, *(value_at(window, ref) for ref in refs if ref != value.ref)]
     return [value_at(window, position << INDEX_BITS | i) for i in range(len(value.op.kinds))]
+
+
+def _numbers(state: State) -> tuple[int, ...]:
+    """The values without dimensions in a window, those of a step or a gradient apart."""
+    found = state.analyses.get("numbers")
+    if found is None:
+        found = state.analyses["numbers"] = tuple(
+            position << INDEX_BITS | index
+            for position, step in enumerate(state.steps())
+            if not isinstance(step.op, UpdateOp | GradientOp)
+            for index, kind in enumerate(step.op.kinds)
+            if not kind.shape
+        )
+    return found
 
 
 def with_graph(
@@ -266,7 +284,9 @@ def _prepare(
     return program, program.operands(inputs), {value.key for value in active.values()}, inputs
 
 
-def gradients(losses: Sequence[Value], active: dict[Any, Value]) -> list[tuple[int | None, torch.Tensor]]:
+def gradients(
+    losses: Sequence[Value], active: dict[Any, Value]
+) -> list[tuple[int | None, torch.Tensor]]:
     """The gradient of the sum of the losses by each leaf, with its key; a leaf may come twice."""
     program, row, active, inputs = _prepare(losses, None, active)
     mask = tuple(
@@ -277,6 +297,15 @@ def gradients(losses: Sequence[Value], active: dict[Any, Value]) -> list[tuple[i
     arrays = adopt(execute(program.gradients(mask), row))
     chosen = [inputs[index] for index, wanted in zip(program.singles, mask, strict=True) if wanted]
     return [(leaf_key(v), array) for v, array in zip(chosen, arrays, strict=True)]
+
+
+def settle(values: Sequence[Value]) -> None:
+    """Computes values that lead no gradient back, and forgets how they came about."""
+    open_ends = [v for v in values if v.window is not None and (v.leaf or not v.kind.grad)]
+    compute(open_ends)
+    for value in open_ends:
+        tensor = adopt([value.array])[0].clone()
+        value.become_input(tensor.requires_grad_() if value.leaf else tensor)
 
 
 def _is_known_constant(value: Value) -> bool:

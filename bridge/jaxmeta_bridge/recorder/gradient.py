@@ -312,12 +312,7 @@ def _template(
         for place in needed.externals
         if window.externals[place].kind.grad and place not in places
     )
-    inside = [value for value in wanted]
-    nodes = [
-        node
-        for node in _between([output], inside)
-        if node[0][0] is window
-    ]
+    nodes = [node for node in _between([output], wanted) if node[0][0] is window]
     targets = {value.key for value in wanted}
     reached = {v.key for _, operands in nodes for v in operands if v.key in targets}
     used = list({v.key: v for v in wanted if v.key in reached}.values())
@@ -329,5 +324,3 @@ def _template(
     refs = tuple(v.ref if v.window is window else ~window.slots[v.key] for v in inputs)
     order = tuple(numbers.get(value.key) for value in wanted)
     return op, refs, order, others
-
-

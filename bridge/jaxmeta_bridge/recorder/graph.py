@@ -19,7 +19,7 @@ from jaxmeta_bridge.program import Spec, strides_of
 
 
 class Kind:
-    """Shape, dtype and layout of a value, and whether it requires grad; equal ones are one object."""
+    """Shape, dtype, layout of a value, and whether it requires grad; equal ones are one object."""
 
     __slots__ = ("dtype", "grad", "shape", "strides")
     _all: dict[tuple[Any, ...], "Kind"] = {}  # noqa: RUF012
@@ -311,7 +311,7 @@ def add(op: Any, inputs: Sequence[Value]) -> list[Value]:
 
 
 def gradient_inputs(values: Sequence[Value]) -> list[Value]:
-    """The inputs and leaves to which gradients of the values lead, in the order of the recording."""
+    """The inputs and leaves to which gradients of the values lead."""
     found: dict[Any, Value] = {}
     needs: dict[Window, set[int]] = {}
     heap: list[tuple[int, int, Window]] = []

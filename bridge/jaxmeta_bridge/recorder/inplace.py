@@ -33,9 +33,7 @@ class _Origin:
         self.index = index  # among the results of the operation
 
 
-def note_view(
-    view: Recorded, base: Any, outcome: Outcome, inputs: list[Value], index: int
-) -> None:
+def note_view(view: Recorded, base: Any, outcome: Outcome, inputs: list[Value], index: int) -> None:
     """Remembers that `view` shares the memory of `base`."""
     if type(base) is not Recorded:
         return

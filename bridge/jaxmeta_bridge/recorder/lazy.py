@@ -121,9 +121,7 @@ def _settle(leaf: Any) -> Any:
     return leaf._real
 
 
-def defer(
-    losses: Sequence[Value], inputs: Sequence[Value], leaves: Sequence[torch.Tensor]
-) -> bool:
+def defer(losses: Sequence[Value], inputs: Sequence[Value], leaves: Sequence[torch.Tensor]) -> bool:
     """Owes the gradients of the losses to the leaves; False if they must be paid at once.
 
     Args:

@@ -76,9 +76,7 @@ def make_plan(
     return Plan(tuple(leaves), targets, sorts), inputs
 
 
-def needed_windows(
-    wanted: Sequence[Value], is_input: Callable[[Value], bool]
-) -> Iterable[Window]:
+def needed_windows(wanted: Sequence[Value], is_input: Callable[[Value], bool]) -> Iterable[Window]:
     """The windows that `wanted` need."""
     return _needs(wanted, is_input).keys()
 

@@ -150,9 +150,7 @@ def _kind(struct: Any, grad: bool) -> Kind:
 _SETTINGS: dict[Any, Settings] = {}
 
 
-def settings(
-    rule: Rule, static: tuple[Any, ...], numbers: tuple[tuple[str, int], ...]
-) -> Settings:
+def settings(rule: Rule, static: tuple[Any, ...], numbers: tuple[tuple[str, int], ...]) -> Settings:
     """The one object with these attributes."""
     key = (rule, static, numbers)
     if key not in _SETTINGS:
@@ -185,5 +183,3 @@ def update_op(
     if key not in _UPDATES:
         _UPDATES.setdefault(key, UpdateOp(*key))
     return _UPDATES[key]
-
-

@@ -43,7 +43,10 @@ def test_a_simulation_that_branches_on_its_state(higher, peek):
     policy = network()
     x, y = batch()
     hits = []
-    with higher.innerloop_ctx(policy, sgd(policy), copy_initial_weights=False) as (fpolicy, diffopt):
+    with higher.innerloop_ctx(policy, sgd(policy), copy_initial_weights=False) as (
+        fpolicy,
+        diffopt,
+    ):
         diffopt.step(F.mse_loss(fpolicy(x), y))
         place, speed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.3).double()
         for _ in range(6):
