@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from jaxmeta_bridge import recorder
 from jaxmeta_bridge.higher import optim, patch, utils
 from jaxmeta_bridge.higher.optim import create_diff_optim, get_diff_optim, register_optim
 from jaxmeta_bridge.higher.patch import monkeypatch
@@ -62,4 +63,7 @@ def innerloop_ctx(
         track_higher_grads=track_higher_grads,
         adjoint=adjoint,
     )
-    yield fmodel, diffopt
+    try:
+        yield fmodel, diffopt
+    finally:
+        recorder.begin_stretch()  # what follows the block belongs to no task

@@ -52,22 +52,22 @@ class LayerCall:
 
     Attributes:
       layer: the function.
-      indices: which of the fast weights are its parameters.
     """
 
-    __slots__ = ("_hooks", "indices", "layer")
+    __slots__ = ("_hooks", "_places", "layer")
 
-    def __init__(self, layer: Layer, indices: list[int], hooks: list[Any]) -> None:
+    def __init__(self, layer: Layer, places: list[Any], hooks: list[Any]) -> None:
         self.layer = layer
-        self.indices = indices
+        self._places = places  # dict and name of each of its parameters
         self._hooks = hooks
 
     def applies(self) -> bool:
         """Whether no hook has been put on the module or one inside it."""
         return not any(self._hooks) and not any(_GLOBAL_HOOKS)
 
-    def __call__(self, x: Any, weights: list[Any]) -> Any:
-        return recorder.record_values(self.layer, [x, *[weights[index] for index in self.indices]])
+    def __call__(self, x: Any) -> Any:
+        parameters = [place[name] for place, name in self._places]
+        return recorder.record_values(self.layer, [x, *parameters])
 
 
 _GLOBAL_HOOKS: list[Any] = [
@@ -93,14 +93,21 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
     for each in modules:
         for name, parameter in each._parameters.items():
             index = places.get((id(each._parameters), name))
-            if parameter is not None and index is not None and index not in indices:
+            if parameter is not None and index is None:
+                return None  # registered after the module was patched
+            if parameter is not None and index not in indices:
                 indices.append(index)
     key = (tuple(_settings(m) for m in modules), tuple(_places(modules, places, indices)))
     layer = _LAYERS.get(key)
     if layer is None:
         layer = _LAYERS.setdefault(key, Layer(module))
     hooks = [getattr(m, name) for m in modules for name in _HOOKS]
-    return LayerCall(layer, indices, hooks)
+    first: dict[int, Any] = {}
+    for each in modules:
+        for name, parameter in each._parameters.items():
+            if parameter is not None:
+                first.setdefault(places[id(each._parameters), name], (each._parameters, name))
+    return LayerCall(layer, [first[index] for index in indices], hooks)
 
 
 def _places(modules: list[Any], places: Any, indices: list[int]) -> Iterator[int]:

@@ -173,7 +173,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
             call = self._layer_call() if self.root._bound else None
             if call is not None and call.applies():
-                result = call(args[0], self.root._weights[-1])
+                result = call(args[0])
                 if result is not None:
                     return result
         if "_flat_weights_names" in self.__dict__:

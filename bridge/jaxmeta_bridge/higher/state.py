@@ -87,7 +87,7 @@ class OptimizerState:
                 value = recorder.value_of(param)
                 state = states[index]
                 if state.complete is not setting:
-                    self._complete(setting, state, value, rows[number])
+                    self._complete(setting, state, value, rows[number], tracked)
                 if type(grad) is not Value:
                     grad = recorder.value_of(grad)
                 members.append((number, value, grad, state.values_))
@@ -106,15 +106,22 @@ class OptimizerState:
         return [value for state in states for value in state.values_.values()]
 
     def _complete(
-        self, settings: Settings, state: ParameterState, param: Value, options: Sequence[Value]
+        self,
+        settings: Settings,
+        state: ParameterState,
+        param: Value,
+        options: Sequence[Value],
+        tracked: bool,
     ) -> None:
         """Puts the initial state where there is none yet, and nothing that is not needed."""
         values = state.values_
         names = recorder.state_names(settings, param, options)
         if not all(name in values for name in names):
-            start = recorder.start_state(settings, param, options, bool(self._rule.start))
+            depends = bool(self._rule.start)
+            start = recorder.start_state(settings, param, options, depends, tracked)
             values = {name: values.get(name, start[name]) for name in names}
-        state.values_ = {name: values[name] for name in names}
+        grad = tracked and param.kind.grad
+        state.values_ = {name: recorder.as_state(values[name], grad) for name in names}
         state.complete = settings
 
     def _settings(

@@ -5,6 +5,7 @@ from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad, step_gradients
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
 from jaxmeta_bridge.recorder.enter import (
+    as_state,
     add_update,
     start_state,
     state_names,
@@ -24,6 +25,7 @@ __all__ = [
     "Settings",
     "Value",
     "add_update",
+    "as_state",
     "autodiff",
     "begin_stretch",
     "bounds",

@@ -81,6 +81,21 @@ class Outcome:
     views: tuple[int | None, ...]  # result tensor -> the input whose memory it shares
 
 
+_ONE_DTYPE = {
+    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "addmm"),
+    *("addmv", "baddbmm", "addbmm", "dot", "vdot", "inner", "ger", "outer", "index_copy"),
+    *("index_copy_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "lerp"),
+    *("scatter_add_", "lstm", "gru", "rnn_tanh", "rnn_relu", "Linear", "Sequential", "einsum"),
+}
+
+
+def _refuses_mixed_dtypes(function: Any, kinds: Sequence[Kind]) -> bool:
+    """Whether torch itself will refuse: fake tensors are more generous than real ones."""
+    if getattr(function, "__name__", "") not in _ONE_DTYPE:
+        return False
+    return len({kind.dtype for kind in kinds if kind.dtype.is_floating_point}) > 1
+
+
 _TRACING = threading.RLock()
 
 
@@ -103,6 +118,8 @@ def study(
       autocast: the dtype, where autocast is on.
     """
     grad = torch.is_grad_enabled()
+    if autocast is None and _refuses_mixed_dtypes(function, kinds):
+        return None
     if "rrelu" in getattr(function, "__name__", ""):
         return None  # how many numbers it draws depends on values
 

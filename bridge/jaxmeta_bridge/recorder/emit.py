@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, analyse
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, Shape
 from jaxmeta_bridge.recorder.loops import CARRIED, FIXED, OWN, Loop, Part
 from jaxmeta_bridge.recorder.plan import Plan
 
@@ -43,7 +43,7 @@ class Emitter:
         self._stacked = stacked
 
         def lookup(leaf: int, external: int) -> Any:
-            return inputs(~self._leaves[leaf].source(external))
+            return inputs(~self._leaves[leaf].sources[external])
 
         required = {ref for ref in self._plan.wanted if type(ref) is tuple}
         made = self._sequence(self._parts, required, lookup)
@@ -56,7 +56,7 @@ class Emitter:
         made: dict[Address, Any] = {}
 
         def lookup(leaf: int, external: int) -> Any:
-            source = self._leaves[leaf].source(external)
+            source = self._leaves[leaf].sources[external]
             return made[source] if source in made else outer(leaf, external)
 
         uses = set(required)
@@ -75,12 +75,27 @@ class Emitter:
 
     def _leaf(self, index: int, lookup: Lookup) -> dict[Address, Any]:
         leaf = self._leaves[index]
-        values = run_state(
-            leaf.state, leaf.needed, lambda external: lookup(index, external), self._adjoint
-        )
-        return {(index, ref): value for ref, value in values.items()}
+        values = run_shape(leaf.shape, lambda external: lookup(index, external), self._adjoint)
+        return {(index, ref): values[ref] for ref in leaf.needed}
 
     def _loop(self, loop: Loop, need: set[Address], outer: Lookup) -> dict[Address, Any]:
+        before, self._adjoint = self._adjoint, self._chosen(loop) or self._adjoint
+        try:
+            return self._loop_inside(loop, need, outer)
+        finally:
+            self._adjoint = before
+
+    def _chosen(self, loop: Loop) -> Any:
+        """The adjoint that was asked for, where the loop's steps were made."""
+        for leaf in range(loop.start, loop.start + loop.period):
+            for op, _ in self._leaves[leaf].shape.steps:
+                if getattr(op, "adjoint", None) is not None:
+                    return op.adjoint
+        return None
+
+    def _loop_inside(
+        self, loop: Loop, need: set[Address], outer: Lookup
+    ) -> dict[Address, Any]:
         start, period, count = loop.start, loop.period, loop.count
         wanted: dict[Address, set[int]] = {}  # what of an iteration, of which iterations
         for leaf, ref in need:
@@ -146,21 +161,11 @@ def _range(part: Part) -> tuple[int, int]:
     return (part.start, part.stop) if isinstance(part, Loop) else (part, part + 1)
 
 
-def run_state(
-    state: State, needed: Sequence[int], external: Callable[[int], Any], adjoint: Any
-) -> dict[int, Any]:
-    """Evaluates the operations of a window that `needed` depends on: by ref, what they are."""
-    steps = state.steps()
+def run_shape(shape: Shape, external: Callable[[int], Any], adjoint: Any) -> dict[int, Any]:
+    """Evaluates the operations of a window: by ref, what they are."""
     values: dict[int, Any] = {}
-
-    def read(ref: int) -> Any:
-        if ref < 0:
-            return external(~ref)
-        return values[ref]
-
-    for position in analyse(state, frozenset(needed)).positions:
-        step = steps[position]
-        outputs = step.op.lower([read(ref) for ref in step.refs], adjoint)
-        for index, output in enumerate(outputs):
+    for position, (op, refs) in enumerate(shape.steps):
+        inputs = [external(~ref) if ref < 0 else values[ref] for ref in refs]
+        for index, output in enumerate(op.lower(inputs, adjoint)):
             values[position << INDEX_BITS | index] = output
-    return {ref: values[ref] for ref in needed}
+    return values

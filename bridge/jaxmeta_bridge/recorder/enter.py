@@ -62,7 +62,7 @@ def state_names(settings: Settings, param: Value, options: Sequence[Value]) -> t
 
 
 def start_state(
-    settings: Settings, param: Value, options: Sequence[Value], depends: bool
+    settings: Settings, param: Value, options: Sequence[Value], depends: bool, tracked: bool
 ) -> dict[str, Value]:
     """The state of an optimizer for a parameter before its first step.
 
@@ -71,20 +71,30 @@ def start_state(
       param: the parameter.
       options: the values of the numeric options.
       depends: whether the state depends on these.
+      tracked: whether gradients go through the steps.
     """
     kinds = tuple(option.kind for option in options)
     op = start_op(settings, param.kind, kinds)
     if depends and any(option.kind.grad or option.window is not None for option in options):
         return dict(zip(op.names, add(op, options), strict=True))
-    key = (op, tuple(_content(option) for option in options) if depends else None)
+    grad = tracked and param.kind.grad
+    key = (op, grad, tuple(_content(option) for option in options) if depends else None)
     if key not in _STATES:
         given = [option.data if option.window is None else option.array for option in options]
         arrays, _ = execute(lambda *operands: (op.lower(operands, None), None), given)
         _STATES[key] = {
-            name: Value.input(kind, torch.from_dlpack(array).clone())
+            name: as_state(Value.input(kind, torch.from_dlpack(array).clone()), grad)
             for name, kind, array in zip(op.names, op.kinds, arrays, strict=True)
         }
     return _STATES[key]
+
+
+def as_state(value: Value, grad: bool) -> Value:
+    """A constant of the kind that the state has after a step, so that all steps are alike."""
+    kind = value.kind
+    if value.window is not None or kind.grad or not (grad and kind.dtype.is_floating_point):
+        return value
+    return Value.input(Kind.of(kind.shape, kind.dtype, True, kind.strides), value.data)
 
 
 _STATES: dict[Any, dict[str, Value]] = {}

@@ -113,7 +113,7 @@ def _stacks(plan: Plan, parts: Sequence[Part]) -> dict[Any, list[int]]:
             if role[0] != OWN:
                 continue
             leaves = range(part.start + offset, part.stop, part.period)
-            sources = [plan.leaves[leaf].source(external) for leaf in leaves]
+            sources = [plan.leaves[leaf].sources[external] for leaf in leaves]
             if all(type(s) is int for s in sources):
                 kinds = {plan.inputs[~s] for s in sources}
                 if len(kinds) == 1 and not next(iter(kinds))[0].grad and _is_plain(kinds):
@@ -138,7 +138,7 @@ def _used_alone(plan: Plan, parts: Sequence[Part], stacks: dict[Any, list[int]])
             count = 1 if role[0] != OWN else part.count
             for iteration in range(count):
                 leaf = plan.leaves[part.start + iteration * part.period + offset]
-                source = leaf.source(external)
+                source = leaf.sources[external]
                 if type(source) is int:
                     alone.add(~source)
     return alone

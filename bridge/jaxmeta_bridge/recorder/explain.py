@@ -12,7 +12,7 @@ import torch
 from jaxmeta import ArgumentTypeError
 from jaxmeta_bridge.recorder.execute import STATISTICS
 from jaxmeta_bridge.recorder.gradient import GradientOp, Stretch
-from jaxmeta_bridge.recorder.graph import INDEX_BITS, INDEX_MASK, Kind, analyse
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, INDEX_MASK, Kind
 from jaxmeta_bridge.recorder.history import RUNS
 from jaxmeta_bridge.recorder.loops import CARRIED, FIXED, OWN, Loop, Part, find_loops
 from jaxmeta_bridge.recorder.plan import Leaf, Plan, make_plan
@@ -114,7 +114,7 @@ def _kinds(plan: Plan, loop: Loop, role: str) -> list[Kind | None]:
     for (offset, external), (name, *where) in loop.roles.items():
         if name != role:
             continue
-        source = plan.leaves[loop.start + offset].source(external)
+        source = plan.leaves[loop.start + offset].sources[external]
         if role == CARRIED:
             source = loop.start + where[0], where[1]
         found[source] = _source_kind(plan, source)
@@ -125,7 +125,8 @@ def _source_kind(plan: Plan, source: Any) -> Kind | None:
     if type(source) is int:
         return _input_kind(plan.inputs[~source])
     leaf, ref = source
-    return plan.leaves[leaf].state.steps()[ref >> INDEX_BITS].op.kinds[ref & INDEX_MASK]
+    op, _ = plan.leaves[leaf].shape.steps[ref >> INDEX_BITS]
+    return op.kinds[ref & INDEX_MASK]
 
 
 def _input_kind(given: tuple[Kind, type]) -> Kind | None:
@@ -135,9 +136,7 @@ def _input_kind(given: tuple[Kind, type]) -> Kind | None:
 
 
 def _operations(leaf: Leaf) -> str:
-    steps = leaf.state.steps()
-    positions = analyse(leaf.state, frozenset(leaf.needed)).positions
-    return _names(steps[position].op for position in positions)
+    return _names(op for op, _ in leaf.shape.steps)
 
 
 def _names(ops: Iterable[Any]) -> str:

@@ -358,31 +358,70 @@ def _gradient_externals(state: State, needed: frozenset[int]) -> tuple[int, ...]
     return found
 
 
+class Shape:
+    """What of a window is needed for some of its values; equal ones are one object.
+
+    Windows that differ only in what nobody needs have the same shape.
+
+    Attributes:
+      steps: operations in order, and the refs of their inputs, where positions are those in the
+        shape, and ~number is that of an external.
+    """
+
+    __slots__ = ("steps",)
+
+    def __init__(self, steps: tuple[tuple[Any, tuple[int, ...]], ...]) -> None:
+        self.steps = steps
+
+
+_SHAPES: dict[Any, Shape] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What of a window is needed for some of its values."""
+    """How a window has a shape.
 
-    positions: tuple[int, ...]
+    Attributes:
+      shape: the operations that are needed.
+      externals: for each external of the shape, which one of the window it is.
+      places: position in the window -> position in the shape.
+    """
+
+    shape: Shape
     externals: tuple[int, ...]
+    places: dict[int, int]
+
+    def ref(self, ref: int) -> int:
+        """A ref in the window as one in the shape."""
+        return self.places[ref >> INDEX_BITS] << INDEX_BITS | ref & INDEX_MASK
 
 
 def analyse(state: State, needed: frozenset[int]) -> Analysis:
-    """Which operations and externals the values `needed` depend on."""
+    """The shape of a window of which the values `needed` are needed."""
     found = state.analyses.get(needed)
     if found is None:
-        steps = state.steps()
-        positions: set[int] = set()
-        externals: set[int] = set()
-        stack = list(needed)
-        while stack:
-            ref = stack.pop()
-            if ref < 0:
-                externals.add(~ref)
-                continue
-            position = ref >> INDEX_BITS
-            if position not in positions:
-                positions.add(position)
-                stack.extend(steps[position].refs)
-        found = Analysis(tuple(sorted(positions)), tuple(sorted(externals)))
-        state.analyses[needed] = found
+        found = state.analyses[needed] = _analyse(state.steps(), needed)
     return found
+
+
+def _analyse(steps: list[State], needed: frozenset[int]) -> Analysis:
+    positions: set[int] = set()
+    stack = list(needed)
+    while stack:
+        ref = stack.pop()
+        if ref >= 0 and ref >> INDEX_BITS not in positions:
+            positions.add(ref >> INDEX_BITS)
+            stack.extend(steps[ref >> INDEX_BITS].refs)
+    places = {position: place for place, position in enumerate(sorted(positions))}
+    externals: dict[int, int] = {}
+
+    def translate(ref: int) -> int:
+        if ref < 0:
+            return ~externals.setdefault(~ref, len(externals))
+        return places[ref >> INDEX_BITS] << INDEX_BITS | ref & INDEX_MASK
+
+    shaped = tuple(
+        [(steps[p].op, tuple([translate(ref) for ref in steps[p].refs])) for p in places]
+    )
+    shape = _SHAPES.get(shaped) or _SHAPES.setdefault(shaped, Shape(shaped))
+    return Analysis(shape, tuple(externals), places)

@@ -45,10 +45,10 @@ def find_loops(leaves: Sequence[Leaf], low: int, high: int, longest: int = 512) 
     index = low
     while index < high:
         best: Loop | None = None
-        shape = (leaves[index].state, leaves[index].needed)
+        shape = (leaves[index].shape, leaves[index].needed)
         for period in range(1, min((high - index) // 2, longest) + 1):
             following = leaves[index + period]
-            if (following.state, following.needed) != shape:
+            if (following.shape, following.needed) != shape:
                 continue
             found = _grow(leaves, index, period, high)
             if found is not None and (best is None or found.stop > best.stop):
@@ -67,9 +67,7 @@ def _grow(leaves: Sequence[Leaf], start: int, period: int, high: int) -> Loop | 
     """The longest loop from `start` with this period, if there are two iterations at least."""
     roles: dict[tuple[int, int], Any] = {}
     for offset in range(period):
-        for external, source in zip(
-            leaves[start + offset].externals, leaves[start + offset].sources, strict=True
-        ):
+        for external, source in enumerate(leaves[start + offset].sources):
             roles[offset, external] = _first_role(source, start)
     count = 1
     while start + (count + 1) * period <= high:
@@ -97,9 +95,9 @@ def _extend(
     extended = dict(roles)
     for offset in range(period):
         first, leaf = leaves[start + offset], leaves[base + offset]
-        if leaf.state is not first.state or leaf.needed != first.needed:
+        if leaf.shape is not first.shape or leaf.needed != first.needed:
             return None
-        for external, source in zip(leaf.externals, leaf.sources, strict=True):
+        for external, source in enumerate(leaf.sources):
             role = _role(source, roles[offset, external], start, base, period, count)
             if role is None:
                 return None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmeta_bridge.recorder.graph import State, Value, Window, analyse
+from jaxmeta_bridge.recorder.graph import Shape, State, Value, Window, analyse
 
 # Where a window takes a value from: an input, as ~number; or (window number, ref in it).
 Ref = Any
@@ -19,13 +19,9 @@ Ref = Any
 class Leaf:
     """A window in a plan."""
 
-    state: State
-    needed: tuple[int, ...]  # of its values, as refs
-    externals: tuple[int, ...]  # which of its externals these depend on
-    sources: tuple[Ref, ...]  # where each of them comes from
-
-    def source(self, external: int) -> Ref:
-        return self.sources[self.externals.index(external)]
+    shape: Shape
+    needed: tuple[int, ...]  # of its values, as refs in the shape
+    sources: tuple[Ref, ...]  # where each external of the shape comes from
 
 
 @dataclass(frozen=True)
@@ -52,12 +48,13 @@ def make_plan(
     needs = _needs(wanted, is_input)
     order = sorted(needs, key=lambda window: window.serial)
     number = {window: index for index, window in enumerate(order)}
+    analyses = {window: analyse(window.state, needed) for window, needed in needs.items()}
     inputs: list[Value] = []
     slots: dict[Any, int] = {}
 
     def source(value: Value) -> Ref:
         if value.window is not None and not is_input(value):
-            return number[value.window], value.ref
+            return number[value.window], analyses[value.window].ref(value.ref)
         slot = slots.get(value.key)
         if slot is None:
             slot = slots[value.key] = len(inputs)
@@ -66,11 +63,11 @@ def make_plan(
 
     leaves = []
     for window in order:
-        needed = needs[window]
-        externals = analyse(window.state, needed).externals
+        analysis = analyses[window]
         found = window.externals
-        sources = tuple([source(found[external]) for external in externals])
-        leaves.append(Leaf(window.state, tuple(sorted(needed)), externals, sources))
+        sources = tuple([source(found[external]) for external in analysis.externals])
+        needed = tuple(sorted([analysis.ref(ref) for ref in needs[window]]))
+        leaves.append(Leaf(analysis.shape, needed, sources))
     targets = tuple([source(value) for value in wanted])
     sorts = tuple([(value.kind, type(value.data)) for value in inputs])
     return Plan(tuple(leaves), targets, sorts), inputs
