@@ -333,7 +333,7 @@ def _get_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if stored is not None:
         return stored.grad
     if value.leaf and value.window is None:
-        return value.data.grad
+        return make_leaf(value).grad
     return args[0].__dict__.get("_grad")
 
 
@@ -384,9 +384,8 @@ def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     value = tensor._value
     if value.leaf and value.kind.grad:
         data = HANDLERS["ordinary"](new).detach().clone().requires_grad_()
-        data.grad = None if value.window is not None else value.data.grad
-        replaced = Value.input(value.kind, data, leaf=True)
-        tensor._value = replaced
+        data.grad = None if value.window is not None else make_leaf(value).grad
+        tensor._value = Value.input(value.kind, data, leaf=True)
         return
     if value.kind.grad:
         rebind(tensor, value_of(record(with_derivative_of, (new, tensor), {})))

@@ -167,7 +167,15 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 def _example(kind: Kind) -> torch.Tensor:
     with torch.enable_grad():
         tensor = kind.empty()
-        return tensor.requires_grad_().clone() if kind.grad else tensor
+        if not kind.grad:
+            return tensor
+        result = tensor.requires_grad_().clone()
+        if kind.strides is None or result.stride() == kind.strides:
+            return result
+        # clone() closes gaps in memory.
+        size = 1 + sum((n - 1) * s for n, s in zip(kind.shape, kind.strides, strict=True))
+        whole = torch.empty(size, dtype=kind.dtype).requires_grad_().clone()
+        return whole.as_strided(kind.shape, kind.strides)
 
 
 def _outcome(

@@ -89,6 +89,8 @@ def linked(value: Value) -> Any:
     leaf = None if value.origin is None else value.origin()
     if leaf is None:
         return value.data
+    if value.leaf:
+        return leaf
     if value.linked is None:
         with torch.inference_mode(False), torch.enable_grad():
             value.linked = _Link.apply(leaf, value.data)
@@ -97,14 +99,14 @@ def linked(value: Value) -> Any:
 
 def leaf_tensor(value: Value) -> torch.Tensor | None:
     """The leaf of torch's graph that an input is, or is a copy of; None if it is no leaf's copy."""
-    if value.leaf:
-        return value.data
-    return None if value.origin is None else value.origin()
+    if value.origin is not None:
+        return value.origin()
+    return value.data if value.leaf else None
 
 
 def leaf_key(value: Value) -> int | None:
     """The `id` of that leaf, which may be gone by now."""
-    return id(value.data) if value.leaf else value.origin_key
+    return value.origin_key if value.origin_key is not None else id(value.data)
 
 
 def number(value: complex) -> Value:

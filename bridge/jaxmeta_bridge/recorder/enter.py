@@ -1,5 +1,6 @@
 """Ways for tensors into a recording, for the code that sets up inner loops."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ class _CopyOp:
     def __init__(self, kinds: tuple[Kind, ...]) -> None:
         self.kinds = kinds
         self.name = "clone"
+
+    def depends(self, index: int) -> tuple[int, ...]:
+        """The inputs on which an output depends."""
+        return (index,)
 
     def lower(self, inputs: Sequence[Any], adjoint: Any) -> list[Any]:
         """See `Op.lower`."""
@@ -53,7 +58,12 @@ def to_leaf(tensor: torch.Tensor, requires_grad: bool) -> Recorded:
     if type(tensor) is Recorded:
         return tensor.detach().requires_grad_(requires_grad)
     tensor.requires_grad_(requires_grad)
-    return wrap(Value.input(Kind.like(tensor), tensor, leaf=requires_grad))
+    value = Value.input(Kind.like(tensor), tensor.detach(), leaf=requires_grad)
+    value.origin, value.origin_key = weakref.ref(tensor), id(tensor)
+    recorded = wrap(value)
+    # Only what the script holds keeps the leaf and its gradient alive.
+    recorded.__dict__["_leaf"] = tensor
+    return recorded
 
 
 def state_names(settings: Settings, param: Value, options: Sequence[Value]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
-from jaxmeta_bridge.recorder.capture import leaf_key, linked
+from jaxmeta_bridge.recorder.capture import leaf_key, leaf_tensor, linked
 from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.gradient import GradientOp
 from jaxmeta_bridge.recorder.graph import (
@@ -170,6 +170,14 @@ def compute(values: Sequence[Value], adjoint: Any = None) -> None:
     missing = [v for v in values if v.window is not None and v.array is None]
     if not missing:
         return
+    copies = {v: v.operands()[0] for v in missing if v.op.name == "detach"}
+    copies = {copy: source for copy, source in copies.items() if source.window is not None}
+    if copies:  # numbers that are read twice must be the same ones, to the last bit
+        compute([*(v for v in missing if v not in copies), *copies.values()], adjoint)
+        for copy, source in copies.items():
+            assert copy.window is not None
+            copy.window.arrays[copy.ref] = source.array
+        return
     missing += _steps_before(missing)
     plan, inputs = make_plan(missing, lambda v: v.ref in v.window.arrays)
     program = compiled(plan, adjoint or default_adjoint())
@@ -318,4 +326,5 @@ def make_leaf(value: Value) -> torch.Tensor:
         compute([value])
         tensor = adopt([value.array])[0].clone()
         value.become_input(tensor.requires_grad_())
-    return value.data
+    leaf = leaf_tensor(value)
+    return value.data if leaf is None else leaf

@@ -13,7 +13,7 @@ from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
 from jaxmeta_bridge.recorder.eager import eager, to_ordinary
-from jaxmeta_bridge.recorder.tensor import INSIDE, Recorded, RecordsInCheckpoint
+from jaxmeta_bridge.recorder.tensor import HANDLERS, INSIDE, Recorded, RecordsInCheckpoint
 
 
 def _checkpoint(apply: Any, args: tuple[Any, ...]) -> Any:
@@ -45,6 +45,10 @@ def _watch_data() -> None:
         plain.__set__(tensor, value)
 
     torch.Tensor.data = property(plain.__get__, write)  # type: ignore[assignment]
+    # torch names the accessor by looking it up on the class.
+    present: Any = torch.Tensor.data
+    HANDLERS[present.__get__] = HANDLERS[plain.__get__]
+    HANDLERS[present.__set__] = HANDLERS[plain.__set__]
 
 
 def _watch_functions() -> None:

@@ -339,6 +339,11 @@ def gradient_inputs(values: Sequence[Value]) -> list[Value]:
     return list(found.values())
 
 
+def _on_all(index: int) -> None:
+    """An output of an operation that does not say otherwise may depend on all inputs."""
+    return
+
+
 def _gradient_externals(state: State, needed: frozenset[int]) -> tuple[int, ...]:
     """The externals of a window to which gradients of `needed` may lead."""
     key = ("gradient", needed)
@@ -352,8 +357,12 @@ def _gradient_externals(state: State, needed: frozenset[int]) -> tuple[int, ...]
             if ref in seen:
                 continue
             seen.add(ref)
-            if ref >= 0 and steps[ref >> INDEX_BITS].op.kinds[ref & INDEX_MASK].grad:
-                stack.extend(steps[ref >> INDEX_BITS].refs)
+            if ref < 0:
+                continue
+            step, index = steps[ref >> INDEX_BITS], ref & INDEX_MASK
+            if step.op.kinds[index].grad:
+                places = getattr(step.op, "depends", _on_all)(index)
+                stack.extend(step.refs if places is None else [step.refs[p] for p in places])
         found = state.analyses[key] = tuple(sorted(~ref for ref in seen if ref < 0))
     return found
 

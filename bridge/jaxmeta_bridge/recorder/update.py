@@ -91,7 +91,7 @@ class UpdateOp:
     Outputs: for each member its new parameter and state.
     """
 
-    __slots__ = ("_groups", "_members", "_tracked", "adjoint", "kinds", "name")
+    __slots__ = ("_depends", "_groups", "_members", "_tracked", "adjoint", "kinds", "name")
 
     def __init__(
         self,
@@ -116,6 +116,26 @@ class UpdateOp:
                 moved = grad and kind.dtype.is_floating_point
                 kinds.append(Kind.of(kind.shape, kind.dtype, moved))
         self.kinds = tuple(kinds)
+        self._depends = self._find_dependence()
+
+    def _find_dependence(self) -> list[tuple[int, ...]]:
+        """Of each output the inputs on which it depends: those of its member and its group."""
+        options: list[tuple[int, ...]] = []
+        count = 0
+        for settings in self._groups:
+            options.append(tuple(range(count, count + settings.size())))
+            count += settings.size()
+        depends: list[tuple[int, ...]] = []
+        for member in self._members:
+            width = 2 + len(member.state)
+            own = options[member.group] + tuple(range(count, count + width))
+            depends += [own] * (width - 1)
+            count += width
+        return depends
+
+    def depends(self, index: int) -> tuple[int, ...]:
+        """The inputs on which an output depends."""
+        return self._depends[index]
 
     def lower(self, inputs: Sequence[jax.Array], adjoint: Any) -> list[jax.Array]:
         """See `Op.lower`."""
