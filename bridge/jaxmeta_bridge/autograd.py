@@ -239,6 +239,7 @@ class TransformedJaxCall(torch.autograd.Function):
 
 
 def execute(compiled: Callable[..., Any], values: Iterable[Operand]) -> Any:
+    """What a compiled function makes of operands, of which tensors are only lent to it."""
     lent = [lend(value) if isinstance(value, torch.Tensor) else value for value in values]
     with jax.enable_x64(True), _placement():
         return compiled(*lent)

@@ -51,7 +51,7 @@ def copy_module(
     originals = list(module.modules())
     for original in originals:
         prefix = "Functional" if original is module else "InnerFunctional"
-        cls = class_of(type(original), prefix)
+        cls: Any = class_of(type(original), prefix)
         copies[id(original)] = cls.__new__(cls)
     distinct = list(module.parameters())
     numbers = {id(parameter): index for index, parameter in enumerate(distinct)}

@@ -15,8 +15,13 @@ from jaxmeta_bridge import recorder
 from jaxmeta_bridge.higher.copying import Binding, copy_module
 
 _PURE: set[type[nn.Module]] = {
-    getattr(nn, name)
-    for name in ["Sequential", "Identity", "Flatten", "Unflatten", "Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "MaxPool1d", "MaxPool2d", "MaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "LayerNorm", "GroupNorm", "Dropout", "ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "Sigmoid", "Tanh", "Softplus", "SiLU", "Mish", "Hardtanh", "Softmax", "LogSoftmax", "Softsign", "LogSigmoid", "Hardswish", "Hardsigmoid"]
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LayerNorm),
+    *(nn.GroupNorm, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU),
+    *(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Softmax),
+    *(nn.LogSoftmax, nn.Softsign, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid),
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -92,10 +97,12 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
     indices: list[int] = []
     for each in modules:
         for name, parameter in each._parameters.items():
+            if parameter is None:
+                continue
             index = places.get((id(each._parameters), name))
-            if parameter is not None and index is None:
+            if index is None:
                 return None  # registered after the module was patched
-            if parameter is not None and index not in indices:
+            if index not in indices:
                 indices.append(index)
     key = (tuple(_settings(m) for m in modules), tuple(_places(modules, places, indices)))
     layer = _LAYERS.get(key)

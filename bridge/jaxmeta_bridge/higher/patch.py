@@ -269,8 +269,12 @@ def _class_of(base: type[nn.Module], prefix: str) -> type[Any]:
             body["parameters"] = _parameters
         if hasattr(base, "flatten_parameters"):
             body["flatten_parameters"] = _no_op
-        _CLASSES[key] = type(prefix + base.__name__, (base, _MonkeyPatchBase), body)
+        _CLASSES[key] = type(prefix + base.__name__, _bases(base), body)
     return _CLASSES[key]
+
+
+def _bases(base: type[Any]) -> tuple[type[Any], ...]:
+    return base, _MonkeyPatchBase
 
 
 _CLASSES: dict[Any, type[Any]] = {}

@@ -1,12 +1,12 @@
 """Records torch calls on tensors without values, and runs them as compiled JAX programs."""
 
-from jaxmeta_bridge.recorder import autodiff, bounds, eager, inplace, queries
+from jaxmeta_bridge.recorder import attributes, autodiff, bounds, eager, inplace, queries
 from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad, step_gradients
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
 from jaxmeta_bridge.recorder.enter import (
-    as_state,
     add_update,
+    as_state,
     start_state,
     state_names,
     to_copies,
@@ -26,6 +26,7 @@ __all__ = [
     "Value",
     "add_update",
     "as_state",
+    "attributes",
     "autodiff",
     "begin_stretch",
     "bounds",

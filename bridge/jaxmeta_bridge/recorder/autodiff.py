@@ -1,4 +1,4 @@
-"""torch's autograd on recorded tensors: `backward`, `torch.autograd.grad`, and what they rest on."""
+"""torch's autograd on recorded tensors: `backward` and `torch.autograd.grad`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from jaxmeta_bridge.errors import UnsupportedOpError
+from jaxmeta_bridge.recorder.analysis import gradient_inputs
 from jaxmeta_bridge.recorder.capture import leaf_tensor
 from jaxmeta_bridge.recorder.execute import default_adjoint, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
-from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window, gradient_inputs
-from jaxmeta_bridge.recorder.inplace import rebind, with_derivative_of
+from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.lazy import defer
 from jaxmeta_bridge.recorder.real import is_real, real
-from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, leaf_of, record, value_of, wrap
+from jaxmeta_bridge.recorder.tensor import HANDLERS, Recorded, leaf_of, value_of, wrap
 
 _T: Any = torch.Tensor
 _NO_GRAD = "element {} of tensors does not require grad and does not have a grad_fn"
@@ -138,7 +138,7 @@ def step_gradients(
         if value.kind.grad and is_real(value):
             return None
         values.append(value)
-    if all([value.kind.grad for value in values]):
+    if all(value.kind.grad for value in values):
         return add_gradient([loss._value], values, None, create_graph)
     targets = [value for value in values if value.kind.grad]
     found = iter(add_gradient([loss._value], targets, None, create_graph))
@@ -249,182 +249,8 @@ def _backward_method(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     backward(args[0], None if weight is None else (weight,), **given)
 
 
-def _requires_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    return args[0]._value.kind.grad
-
-
-def _is_leaf(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    value = leaf_of(args[0])
-    return value.leaf or not value.kind.grad
-
-
-class RecordedFunction:
-    """What `grad_fn` of a recorded tensor is."""
-
-    def __init__(self, value: Value) -> None:
-        self._value = value
-
-    def name(self) -> str:
-        return "InputRecorded" if self._value.window is None else f"{self._value.op.name}Recorded"
-
-    @property
-    def next_functions(self) -> tuple[tuple["RecordedFunction", int], ...]:
-        if self._value.window is None:
-            return ()
-        return tuple((RecordedFunction(v), 0) for v in self._value.operands() if v.kind.grad)
-
-    def __repr__(self) -> str:
-        return f"<{self.name()}>"
-
-
-def _grad_fn(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    value = leaf_of(args[0])
-    return RecordedFunction(value) if value.kind.grad and not value.leaf else None
-
-
-def _set_requires_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    tensor, flag = args[0], args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-    value = tensor._value
-    if flag == value.kind.grad:
-        return tensor
-    if not flag and not value.leaf:
-        raise RuntimeError(
-            "you can only change requires_grad flags of leaf variables. If you want to use a "
-            "computed variable in a subgraph that doesn't require differentiation use "
-            "var_no_grad = var.detach()."
-        )
-    if flag and not (value.kind.dtype.is_floating_point or value.kind.dtype.is_complex):
-        raise RuntimeError("only Tensors of floating point dtype can require gradients")
-    new = _flagged(value, flag)
-    tensor._value = new
-    return tensor
-
-
-class _FlagOp:
-    """The same value with another flag."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kinds = (kind,)
-        self.name = "requires_grad_"
-
-    def lower(self, inputs: Sequence[Any], adjoint: Any) -> list[Any]:
-        return [inputs[0]]
-
-
-_FLAGS: dict[Kind, _FlagOp] = {}
-
-
-def _flagged(value: Value, flag: bool) -> Value:
-    kind = Kind.of(value.kind.shape, value.kind.dtype, flag)
-    if value.window is None:
-        new = Value.input(kind, value.data.detach().requires_grad_(flag))
-    else:
-        op = _FLAGS.setdefault(kind, _FlagOp(kind))
-        close_window()
-        new = add(op, (value,))[0]
-        close_window()
-    new.leaf = flag
-    return new
-
-
-def _get_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    value = leaf_of(args[0])
-    stored = args[0].__dict__.get("_retained")
-    if stored is not None:
-        return stored.grad
-    if value.leaf and value.window is None:
-        return make_leaf(value).grad
-    return args[0].__dict__.get("_grad")
-
-
-def _set_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    tensor, new = args
-    if type(tensor) is not Recorded:
-        with torch._C.DisableTorchFunctionSubclass():
-            func(tensor, HANDLERS["ordinary"](new))
-        return
-    value = leaf_of(tensor)
-    if type(new) is Recorded:
-        new = HANDLERS["ordinary"](new)
-    if value.leaf and value.kind.grad:
-        make_leaf(value).grad = new
-    else:
-        tensor.__dict__["_grad"] = new
-
-
-def _retain_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    tensor = args[0]
-    value = leaf_of(tensor)
-    if not value.kind.grad:
-        raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
-    if value.leaf or "_retained" in tensor.__dict__:
-        return
-    # Zeros that are added here collect the gradient that arrives here.
-    zeros = torch.zeros(value.kind.shape, dtype=value.kind.dtype, requires_grad=True)
-    tensor.__dict__["_retained"] = zeros
-    with torch.enable_grad():
-        tensor._value = record(_T.add, (tensor, zeros), {})._value
-
-
-def _retains_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    return "_retained" in args[0].__dict__
-
-
-def _get_data(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    with torch.no_grad():
-        return record(_T.detach, args, {})
-
-
-def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    tensor, new = args
-    if type(tensor) is not Recorded:
-        with torch._C.DisableTorchFunctionSubclass():
-            func(tensor, HANDLERS["ordinary"](new).detach())
-        return
-    value = tensor._value
-    if value.leaf and value.kind.grad:
-        data = HANDLERS["ordinary"](new).detach().clone().requires_grad_()
-        data.grad = None if value.window is not None else make_leaf(value).grad
-        tensor._value = Value.input(value.kind, data, leaf=True)
-        return
-    if value.kind.grad:
-        rebind(tensor, value_of(record(with_derivative_of, (new, tensor), {})))
-    else:
-        rebind(tensor, value_of(new.detach()))
-
-
-def _hook(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    value = leaf_of(args[0])
-    if value.leaf:
-        return func(make_leaf(value), *args[1:], **kwargs)
-    raise UnsupportedOpError(
-        "A gradient hook on a recorded tensor is not supported: the gradient passes through a "
-        "compiled program. Use grad_callback of the optimizer, torch.autograd.grad with "
-        "create_graph=True, or retain_grad()."
-    )
-
-
-def _detach_(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    args[0]._value = value_of(args[0].detach())
-    return args[0]
-
-
 HANDLERS |= {
     torch.autograd.grad: _grad_handler,
     torch.autograd.backward: _backward_handler,
     _T.backward: _backward_method,
-    _T.requires_grad.__get__: _requires_grad,
-    _T.requires_grad.__set__: _set_requires_grad,
-    _T.requires_grad_: _set_requires_grad,
-    _T.is_leaf.__get__: _is_leaf,
-    _T.grad_fn.__get__: _grad_fn,
-    _T.grad.__get__: _get_grad,
-    _T.grad.__set__: _set_grad,
-    _T.retain_grad: _retain_grad,
-    _T.retains_grad.__get__: _retains_grad,
-    _T.data.__get__: _get_data,
-    _T.data.__set__: _set_data,
-    _T.register_hook: _hook,
-    _T.detach_: _detach_,
-    torch.detach_: _detach_,
 }

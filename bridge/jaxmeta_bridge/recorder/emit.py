@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmeta_bridge.recorder.graph import INDEX_BITS, Shape
+from jaxmeta_bridge.recorder.analysis import Shape
+from jaxmeta_bridge.recorder.graph import INDEX_BITS
 from jaxmeta_bridge.recorder.loops import CARRIED, FIXED, OWN, Loop, Part
 from jaxmeta_bridge.recorder.plan import Plan
 
@@ -93,9 +94,7 @@ class Emitter:
                     return op.adjoint
         return None
 
-    def _loop_inside(
-        self, loop: Loop, need: set[Address], outer: Lookup
-    ) -> dict[Address, Any]:
+    def _loop_inside(self, loop: Loop, need: set[Address], outer: Lookup) -> dict[Address, Any]:
         start, period, count = loop.start, loop.period, loop.count
         wanted: dict[Address, set[int]] = {}  # what of an iteration, of which iterations
         for leaf, ref in need:

@@ -56,13 +56,14 @@ def to_copies(tensors: Sequence[torch.Tensor]) -> list[Recorded]:
 def to_leaf(tensor: torch.Tensor, requires_grad: bool) -> Recorded:
     """A recorded tensor of its own, where gradients accumulate; it takes over `tensor`."""
     if type(tensor) is Recorded:
-        return tensor.detach().requires_grad_(requires_grad)
+        recorded: Any = tensor.detach().requires_grad_(requires_grad)
+        return recorded
     tensor.requires_grad_(requires_grad)
     value = Value.input(Kind.like(tensor), tensor.detach(), leaf=requires_grad)
     value.origin, value.origin_key = weakref.ref(tensor), id(tensor)
     recorded = wrap(value)
     # Only what the script holds keeps the leaf and its gradient alive.
-    recorded.__dict__["_leaf"] = tensor
+    recorded._leaf = tensor
     return recorded
 
 

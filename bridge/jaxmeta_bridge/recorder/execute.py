@@ -13,18 +13,11 @@ import torch
 import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
+from jaxmeta_bridge.recorder.analysis import analyse, gradient_inputs
 from jaxmeta_bridge.recorder.capture import leaf_key, leaf_tensor, linked
 from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.gradient import GradientOp
-from jaxmeta_bridge.recorder.graph import (
-    INDEX_BITS,
-    State,
-    Value,
-    analyse,
-    gradient_inputs,
-    note_read,
-    value_at,
-)
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, Value, note_read, value_at
 from jaxmeta_bridge.recorder.history import note_run
 from jaxmeta_bridge.recorder.loops import OWN, Loop, Part, find_loops
 from jaxmeta_bridge.recorder.plan import Plan, make_plan, needed_windows
@@ -179,7 +172,7 @@ def compute(values: Sequence[Value], adjoint: Any = None) -> None:
             copy.window.arrays[copy.ref] = source.array
         return
     missing += _steps_before(missing)
-    plan, inputs = make_plan(missing, lambda v: v.ref in v.window.arrays)
+    plan, inputs = make_plan(missing, lambda v: v.array is not None)
     program = compiled(plan, adjoint or default_adjoint())
     STATISTICS.run += 1
     row = [o.detach() if isinstance(o, torch.Tensor) else o for o in program.operands(inputs)]
@@ -196,7 +189,7 @@ def read(value: Value) -> torch.Tensor:
     if value.array is None:
         compute(_together(value))
         note_read()
-    tensor = value.kind.empty().copy_(adopt([value.array])[0])
+    tensor = _tensor(value)
     if not value.kind.grad:  # nothing leads back from here: what it was computed from may go
         value.become_input(tensor)
         return tensor.clone()
@@ -263,12 +256,12 @@ def with_graph(
       hide: whether the gradients by the inputs will go on as ordinary tensors: then the values in
         between are out of torch's sight.
     """
-    program, row, active, inputs = _prepare(values, adjoint)
+    program, row, keys, inputs = _prepare(values, adjoint)
     if hide:
         for window in needed_windows(values, _is_known_constant):
             window.hidden = True
     for place, index in enumerate(program.singles):
-        if inputs[index].key in active:
+        if inputs[index].key in keys:
             row[place] = linked(inputs[index])
         elif isinstance(row[place], torch.Tensor):
             row[place] = row[place].detach()
@@ -296,9 +289,9 @@ def gradients(
     losses: Sequence[Value], active: dict[Any, Value]
 ) -> list[tuple[int | None, torch.Tensor]]:
     """The gradient of the sum of the losses by each leaf, with its key; a leaf may come twice."""
-    program, row, active, inputs = _prepare(losses, None, active)
+    program, row, keys, inputs = _prepare(losses, None, active)
     mask = tuple(
-        isinstance(row[place], torch.Tensor) and inputs[index].key in active
+        isinstance(row[place], torch.Tensor) and inputs[index].key in keys
         for place, index in enumerate(program.singles)
     )
     row = [o.detach() if isinstance(o, torch.Tensor) else o for o in row]
@@ -307,12 +300,18 @@ def gradients(
     return [(leaf_key(v), array) for v, array in zip(chosen, arrays, strict=True)]
 
 
+def _tensor(value: Value) -> torch.Tensor:
+    """A tensor of its own with the contents of a computed value."""
+    array: Any = value.array
+    return value.kind.empty().copy_(adopt([array])[0])
+
+
 def settle(values: Sequence[Value]) -> None:
     """Computes values that lead no gradient back, and forgets how they came about."""
     open_ends = [v for v in values if v.window is not None and (v.leaf or not v.kind.grad)]
     compute(open_ends)
     for value in open_ends:
-        tensor = adopt([value.array])[0].clone()
+        tensor = _tensor(value)
         value.become_input(tensor.requires_grad_() if value.leaf else tensor)
 
 
@@ -324,7 +323,6 @@ def make_leaf(value: Value) -> torch.Tensor:
     """Turns a leaf that the recording computes into an input of it."""
     if value.window is not None:
         compute([value])
-        tensor = adopt([value.array])[0].clone()
-        value.become_input(tensor.requires_grad_())
+        value.become_input(_tensor(value).requires_grad_())
     leaf = leaf_tensor(value)
     return value.data if leaf is None else leaf

@@ -11,17 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmeta_bridge.recorder.analysis import analyse
 from jaxmeta_bridge.recorder.emit import Emitter
-from jaxmeta_bridge.recorder.graph import (
-    INDEX_BITS,
-    INDEX_MASK,
-    Kind,
-    Value,
-    Window,
-    add,
-    add_refs,
-    analyse,
-)
+from jaxmeta_bridge.recorder.graph import INDEX_BITS, INDEX_MASK, Kind, Value, Window, add, add_refs
 from jaxmeta_bridge.recorder.loops import find_loops
 from jaxmeta_bridge.recorder.plan import Plan, make_plan
 
@@ -281,7 +273,7 @@ def _add_within_window(
         if not _is_before(externals[place], wanted):
             return None
     if op is None:
-        return [None] * len(wanted)
+        return [None for _ in wanted]
     ref = add_refs(window, op, refs)
     kinds = op.kinds
     return [

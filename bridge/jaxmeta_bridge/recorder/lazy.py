@@ -93,15 +93,13 @@ class LazyGradient(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = torch_tree.tree_map(_settle, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _call(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = torch_tree.tree_map(_settle, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _call(func, args, kwargs or {})
 
 
 _T: Any = torch.Tensor
@@ -110,6 +108,11 @@ _METADATA = {
     *(_T.requires_grad.__get__, _T.is_leaf.__get__, _T.grad_fn.__get__, _T.is_sparse.__get__),
     *(_T.is_cuda.__get__, _T.size, _T.dim, _T.numel, _T.is_complex, _T.is_floating_point),
 }
+
+
+def _call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    args, kwargs = torch_tree.tree_map(_settle, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _settle(leaf: Any) -> Any:

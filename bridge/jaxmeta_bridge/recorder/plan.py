@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmeta_bridge.recorder.graph import Shape, State, Value, Window, analyse
+from jaxmeta_bridge.recorder.analysis import Shape, analyse
+from jaxmeta_bridge.recorder.graph import State, Value, Window
 
 # Where a window takes a value from: an input, as ~number; or (window number, ref in it).
 Ref = Any

@@ -29,6 +29,9 @@ class Recorded(torch.Tensor, metaclass=_Related):
     _value: Value
     _views: list[Any] | None = None  # weak references to its views
     _root: Value | None = None  # the leaf that it still is, after changes under no_grad
+    _leaf: torch.Tensor | None = None  # the tensor of torch's own where gradients accumulate
+    _own_grad: torch.Tensor | None = None  # what a script has set as the grad of a non-leaf
+    _retained: torch.Tensor | None = None  # zeros whose gradient is the one to be retained
     _origin: Any = None  # of a view: how it came from its base
 
     @classmethod

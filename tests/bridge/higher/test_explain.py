@@ -66,7 +66,7 @@ def test_what_a_loop_takes():
             diffopt.step(fmodel(batch).square().mean())
     found = lines(higher.explain(fmodel.weight.sum()))
     assert found[1] == (
-        "inputs: float64[4,2] ×6, float64[1,2] with grad, float32[1] with grad "
+        "inputs: float64[1,2] with grad, float64[4,2] ×6, float32[1] with grad "
         f"({8 * (6 * 4 * 2 + 2) + 4} bytes), 1 Python number"
     )
     assert "carried from one to the next: float64[1,2] with grad (16 bytes)" in found

@@ -102,7 +102,7 @@ def test_reading_one_gradient_after_the_other(higher, peek):
             peek(gradient)
             norms.append(gradient.norm())
             peek(norms[-1])
-        sum(norms).backward()
+        torch.stack(norms).sum().backward()
     return norms, gradients(model)
 
 
@@ -121,7 +121,7 @@ def test_gradients_of_new_and_old_loss_make_a_gradient_of_the_learning_rate(high
             new = F.mse_loss(fmodel(x), y)
             news = autograd.grad(new, list(fmodel.parameters(time=-1)))
             olds = autograd.grad(old, list(fmodel.parameters(time=-2)), retain_graph=True)
-            rate.grad = sum((n * -o).sum() for n, o in zip(news, olds, strict=True))
+            rate.grad = torch.stack([(n * -o).sum() for n, o in zip(news, olds, strict=True)]).sum()
             peek(rate.grad)
             outer.step()
             seen.append(rate.detach().clone())
