@@ -213,7 +213,7 @@ class _RuleOptimizer(DifferentiableOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if self._fmodel is not None:
             tensors += self._fmodel.buffers()
-        values = [tensor._value for tensor in tensors if isinstance(tensor, recorder.Recorded)]
+        values = [tensor._value for tensor in tensors if type(tensor) is recorder.Recorded]
         recorder.settle([*values, *self._machine.values()])
 
 

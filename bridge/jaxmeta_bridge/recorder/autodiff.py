@@ -7,8 +7,8 @@ import torch
 
 from jaxmeta_bridge.errors import UnsupportedOpError
 from jaxmeta_bridge.recorder.analysis import gradient_inputs
-from jaxmeta_bridge.recorder.capture import leaf_tensor
-from jaxmeta_bridge.recorder.execute import default_adjoint, make_leaf, with_graph
+from jaxmeta_bridge.recorder.capture import leaf_tensor, linked
+from jaxmeta_bridge.recorder.execute import default_adjoint, gradients, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.lazy import defer
@@ -164,7 +164,11 @@ def _ordinary_grad(
     """The gradients by torch's own graph."""
     inside = [leaf_of(t) for t in ins if type(t) is Recorded and not _is_input(t)]
     if not inside and all(type(out) is Recorded for out in outs):
-        reals = with_graph([out._value for out in outs], default_adjoint(), hide=create)
+        values = [out._value for out in outs]
+        if create or weights is not None:
+            reals = with_graph(values, default_adjoint(), hide=create)
+        else:
+            reals, weights = _pull(values)
     else:
         if any(v.window is not None and v.window.hidden and not is_real(v) for v in inside):
             raise UnsupportedOpError(
@@ -176,11 +180,21 @@ def _ordinary_grad(
     sources = [real(leaf_of(t)) if type(t) is Recorded else t for t in ins]
     if weights is not None:
         weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
+    if not reals:
+        return [None for _ in ins]
     return list(
         torch.autograd.grad(
             reals, sources, weights, retain_graph=retain, create_graph=create, allow_unused=True
         )
     )
+
+
+def _pull(values: Sequence[Value]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the sum of scalars depends on in torch's graph, and its gradient by each."""
+    active = {value.key: value for value in gradient_inputs(values)}
+    pairs = [(linked(value), gradient) for value, gradient in gradients(values, active)]
+    pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+    return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def _is_input(tensor: Recorded) -> bool:
@@ -215,8 +229,14 @@ def backward(
     if weights is None and not create_graph and inputs is None and _defer(outs):
         return
     recorded = [out for out in outs if type(out) is Recorded]
-    reals = iter(with_graph([out._value for out in recorded], default_adjoint()))
-    roots = [next(reals) if type(out) is Recorded else out for out in outs]
+    values = [out._value for out in recorded]
+    if weights is None and not create_graph:
+        roots, weights = _pull(values)
+        roots += [out for out in outs if type(out) is not Recorded]
+        weights += [None for out in outs if type(out) is not Recorded]
+    else:
+        reals = iter(with_graph(values, default_adjoint()))
+        roots = [next(reals) if type(out) is Recorded else out for out in outs]
     if inputs is not None:
         inputs = [real(leaf_of(t)) if type(t) is Recorded else t for t in _as_tuple(inputs)]
     torch.autograd.backward(roots, weights, retain_graph, create_graph, inputs=inputs)

@@ -14,7 +14,7 @@ import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
 from jaxmeta_bridge.recorder.analysis import analyse, gradient_inputs
-from jaxmeta_bridge.recorder.capture import leaf_key, leaf_tensor, linked
+from jaxmeta_bridge.recorder.capture import leaf_tensor, linked
 from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.gradient import GradientOp
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, Value, note_read, value_at
@@ -287,8 +287,8 @@ def _prepare(
 
 def gradients(
     losses: Sequence[Value], active: dict[Any, Value]
-) -> list[tuple[int | None, torch.Tensor]]:
-    """The gradient of the sum of the losses by each leaf, with its key; a leaf may come twice."""
+) -> list[tuple[Value, torch.Tensor]]:
+    """The gradient of the sum of the losses by each of the inputs in `active`."""
     program, row, keys, inputs = _prepare(losses, None, active)
     mask = tuple(
         isinstance(row[place], torch.Tensor) and inputs[index].key in keys
@@ -297,7 +297,7 @@ def gradients(
     row = [o.detach() if isinstance(o, torch.Tensor) else o for o in row]
     arrays = adopt(execute(program.gradients(mask), row))
     chosen = [inputs[index] for index, wanted in zip(program.singles, mask, strict=True) if wanted]
-    return [(leaf_key(v), array) for v, array in zip(chosen, arrays, strict=True)]
+    return list(zip(chosen, arrays, strict=True))
 
 
 def _tensor(value: Value) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as torch_tree
 
+from jaxmeta_bridge.recorder.capture import leaf_key
 from jaxmeta_bridge.recorder.execute import gradients
 from jaxmeta_bridge.recorder.graph import Value
 
@@ -50,8 +51,9 @@ class _Pending:
             self.owed, self.losses, self.inputs = owed, losses, inputs
             _OPEN.pending = self
             raise
-        for key, gradient in found:
-            lazy = waiting.get(key) if key is not None else None
+        for value, gradient in found:
+            key = leaf_key(value)
+            lazy = None if key is None else waiting.get(key)
             if lazy is not None:
                 lazy._real = gradient if lazy._real is None else lazy._real + gradient
         for lazy in waiting.values():
