@@ -39,46 +39,82 @@ class Loop:
 Part = int | Loop
 
 
-def find_loops(leaves: Sequence[Leaf], low: int, high: int, longest: int = 512) -> list[Part]:
+@dataclass(frozen=True)
+class _Outer:
+    """Stands for what a place in the body of a loop takes from outside of an iteration."""
+
+    what: Any
+
+
+def find_loops(leaves: Sequence[Leaf], low: int, high: int) -> list[Part]:
     """Divides windows `low` to `high` into single ones and loops."""
+    return _find(leaves, [leaf.sources for leaf in leaves], low, high)
+
+
+def _find(leaves: Sequence[Leaf], sources: Sequence[Any], low: int, high: int) -> list[Part]:
     parts: list[Part] = []
     index = low
     while index < high:
         best: Loop | None = None
         shape = (leaves[index].shape, leaves[index].needed)
-        for period in range(1, min((high - index) // 2, longest) + 1):
+        for period in range(1, min((high - index) // 2, _LONGEST) + 1):
+            if best is not None and index + period < best.stop:
+                continue  # it would begin in the middle of the loop that is found already
             following = leaves[index + period]
             if (following.shape, following.needed) != shape:
                 continue
-            found = _grow(leaves, index, period, high)
+            found = _grow(leaves, sources, index, period, high)
             if found is not None and (best is None or found.stop > best.stop):
                 best = found
         if best is None:
             parts.append(index)
             index += 1
             continue
-        best.body = find_loops(leaves, best.start, best.start + best.period, longest)
+        inside = _body_sources(best, sources)
+        best.body = _find(leaves, inside, best.start, best.start + best.period)
         parts.append(best)
         index = best.stop
     return parts
 
 
-def _grow(leaves: Sequence[Leaf], start: int, period: int, high: int) -> Loop | None:
+_LONGEST = 512
+
+
+def _body_sources(loop: Loop, sources: Sequence[Any]) -> list[Any]:
+    """Where the windows of the body take values from, in any iteration.
+
+    Two places that take the same value in the first iteration need not do so in the next.
+    """
+    inside = list(sources)
+    for offset in range(loop.period):
+        found = []
+        for external, source in enumerate(sources[loop.start + offset]):
+            role = loop.roles[offset, external]
+            if role[0] == OWN:
+                source = _Outer((OWN, offset, external))
+            elif role[0] == CARRIED:
+                source = _Outer((role, source))
+            found.append(source)
+        inside[loop.start + offset] = tuple(found)
+    return inside
+
+
+def _grow(
+    leaves: Sequence[Leaf], sources: Sequence[Any], start: int, period: int, high: int
+) -> Loop | None:
     """The longest loop from `start` with this period, if there are two iterations at least."""
     roles: dict[tuple[int, int], Any] = {}
     for offset in range(period):
-        for external, source in enumerate(leaves[start + offset].sources):
+        for external, source in enumerate(sources[start + offset]):
             roles[offset, external] = _first_role(source, start)
     count = 1
     while start + (count + 1) * period <= high:
-        extended = _extend(leaves, start, period, count, roles)
+        extended = _extend(leaves, sources, start, period, count, roles)
         if extended is None:
             break
         roles = extended
         count += 1
-    if count < 2:
-        return None
-    return Loop(start, period, count, roles)
+    return Loop(start, period, count, roles) if count > 1 else None
 
 
 def _first_role(source: Any, start: int) -> tuple[Any, ...]:
@@ -88,7 +124,12 @@ def _first_role(source: Any, start: int) -> tuple[Any, ...]:
 
 
 def _extend(
-    leaves: Sequence[Leaf], start: int, period: int, count: int, roles: dict[tuple[int, int], Any]
+    leaves: Sequence[Leaf],
+    sources: Sequence[Any],
+    start: int,
+    period: int,
+    count: int,
+    roles: dict[tuple[int, int], Any],
 ) -> dict[tuple[int, int], Any] | None:
     """The roles with one more iteration, or None where it does not repeat the others."""
     base = start + count * period
@@ -97,7 +138,7 @@ def _extend(
         first, leaf = leaves[start + offset], leaves[base + offset]
         if leaf.shape is not first.shape or leaf.needed != first.needed:
             return None
-        for external, source in enumerate(leaf.sources):
+        for external, source in enumerate(sources[base + offset]):
             role = _role(source, roles[offset, external], start, base, period, count)
             if role is None:
                 return None
