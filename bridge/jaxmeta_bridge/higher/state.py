@@ -132,27 +132,35 @@ class OptimizerState:
             given = [group.get(name) for name in self._options]
             known = self._known.get(index)
             if known is None or any(a is not b for a, b in zip(known[0], given, strict=True)):
-                known = self._known[index] = (given, *self._split(group))
+                known = self._known[index] = (given, *self._split(index, group))
             settings.append(known[1])
-            rows.append([v if isinstance(v, Value) else self._option(v) for v in known[2]])
+            rows.append([v if isinstance(v, Value) else _option(v) for v in known[2]])
         return settings, rows
 
-    def _split(self, group: dict[str, Any]) -> tuple[Settings, list[Any]]:
+    def _split(self, index: int, group: dict[str, Any]) -> tuple[Settings, list[Any]]:
         """The settings, and of each numeric option the value if it is a plain number."""
         numeric, static = self._rule.split(group)
         names, row = [], []
         for name, value in numeric.items():
             items = value if isinstance(value, tuple) else (value,)
             names.append((name, len(items) if isinstance(value, tuple) else 0))
-            row += [self._option(v) if isinstance(v, (int, float)) else v for v in items]
+            row += [
+                self._number((index, name, place), float(v)) if isinstance(v, (int, float)) else v
+                for place, v in enumerate(items)
+            ]
         return recorder.settings(self._rule, static, tuple(names)), row
 
-    def _option(self, value: Any) -> Value:
-        if isinstance(value, torch.Tensor):
-            return recorder.value_of(value)
-        if isinstance(value, np.ndarray):
-            return recorder.value_of(torch.from_numpy(value))
-        number = float(value)
-        if number not in self._numbers:
-            self._numbers[number] = recorder.number(number)
-        return self._numbers[number]
+    def _number(self, place: Any, number: float) -> Value:
+        """The input for a number; the same one while it does not change."""
+        key = (place, number)
+        if key not in self._numbers:
+            self._numbers[key] = recorder.number(number)
+        return self._numbers[key]
+
+
+def _option(value: Any) -> Value:
+    if isinstance(value, torch.Tensor):
+        return recorder.value_of(value)
+    if isinstance(value, np.ndarray):
+        return recorder.value_of(torch.from_numpy(value))
+    return recorder.number(float(value))

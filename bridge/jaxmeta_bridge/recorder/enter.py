@@ -97,7 +97,14 @@ def start_state(
             name: as_state(Value.input(kind, torch.from_dlpack(array).clone()), grad)
             for name, kind, array in zip(op.names, op.kinds, arrays, strict=True)
         }
-    return _STATES[key]
+    return {name: _another(value) for name, value in _STATES[key].items()}
+
+
+def _another(value: Value) -> Value:
+    """A value of its own with the same contents: the states of two parameters are two values."""
+    other = Value.input(value.kind, value.data)
+    other.same_as = value
+    return other
 
 
 def as_state(value: Value, grad: bool) -> Value:

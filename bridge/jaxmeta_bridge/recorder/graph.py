@@ -141,6 +141,7 @@ class Value:
       origin: weak reference to the leaf of torch's graph that an input is a copy of.
       origin_key: its `id`.
       linked: the input as an ordinary tensor with a gradient to that leaf, once it was needed.
+      same_as: equal for inputs that are different values of a window, but may be given once.
       exposed: whether torch's own graph may have got to know this input.
     """
 
@@ -155,6 +156,7 @@ class Value:
         "origin",
         "origin_key",
         "ref",
+        "same_as",
         "window",
     )
 
@@ -168,6 +170,7 @@ class Value:
         self.exposed = False
         self.origin: Any = None
         self.origin_key: int | None = None
+        self.same_as: Any = None
         self.linked: torch.Tensor | None = None
 
     @classmethod
@@ -181,7 +184,7 @@ class Value:
         value.data = data
         value.leaf = leaf
         value.exposed = False
-        value.origin = value.linked = value.origin_key = None
+        value.origin = value.linked = value.origin_key = value.same_as = None
         return value
 
     @property

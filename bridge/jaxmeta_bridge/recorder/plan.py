@@ -56,9 +56,10 @@ def make_plan(
     def source(value: Value) -> Ref:
         if value.window is not None and not is_input(value):
             return number[value.window], analyses[value.window].ref(value.ref)
-        slot = slots.get(value.key)
+        key = value.key if value.same_as is None else value.same_as
+        slot = slots.get(key)
         if slot is None:
-            slot = slots[value.key] = len(inputs)
+            slot = slots[key] = len(inputs)
             inputs.append(value)
         return ~slot
 
