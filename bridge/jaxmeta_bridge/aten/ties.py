@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from jax import lax
 
 import jaxmeta_bridge.leaves  # noqa: F401  (defines the operation)
 from jaxmeta_bridge.aten.registry import lowers
@@ -12,15 +13,15 @@ from jaxmeta_bridge.aten.registry import lowers
 _ops: Any = torch.ops.jaxmeta_bridge
 
 
-@jax.custom_jvp
 def with_derivative_of(value: jax.Array, proxy: jax.Array) -> jax.Array:
-    """`value`, differentiated as if it were `proxy` (same shape and dtype)."""
-    return value
+    """`value`, differentiated as if it were `proxy` (same shape and dtype).
 
-
-@with_derivative_of.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return with_derivative_of(*primals), tangents[1]
+    A `jax.custom_jvp` would say so more directly, but inside of `lax.scan` JAX forgets its rule
+    when derivatives are differentiated again.
+    """
+    fixed = lax.stop_gradient(proxy)
+    nothing = jnp.where(jnp.isfinite(fixed), proxy - fixed, jnp.zeros_like(proxy))
+    return lax.stop_gradient(value) + nothing
 
 
 @lowers(_ops.with_derivative_of.default)

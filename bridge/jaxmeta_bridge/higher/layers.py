@@ -59,12 +59,19 @@ class LayerCall:
       layer: the function.
     """
 
-    __slots__ = ("_hooks", "_places", "layer")
+    __slots__ = ("_children", "_hooks", "_places", "layer")
 
-    def __init__(self, layer: Layer, places: list[Any], hooks: list[Any]) -> None:
+    def __init__(
+        self, layer: Layer, places: list[Any], hooks: list[Any], children: list[Any]
+    ) -> None:
         self.layer = layer
+        self._children = children  # dict of submodules, and what it held
         self._places = places  # dict and name of each of its parameters
         self._hooks = hooks
+
+    def holds(self) -> bool:
+        """Whether the tree of modules is what it was."""
+        return all(tuple(found.values()) == known for found, known in self._children)
 
     def applies(self) -> bool:
         """Whether no hook has been put on the module or one inside it."""
@@ -89,7 +96,9 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
       bindings: where the fast weights are in that tree.
     """
     modules = list(module.modules())
-    if not all(type(m)._original in _PURE and not m._buffers for m in modules):
+    if not all(getattr(type(m), "_original", None) in _PURE for m in modules):
+        return None
+    if any(m._buffers for m in modules):
         return None
     if any(type(m)._original is nn.Sequential and not len(m) for m in modules):
         return None
@@ -105,7 +114,10 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
             if index not in indices:
                 indices.append(index)
     key = (tuple(_settings(m) for m in modules), tuple(_places(modules, places, indices)))
-    layer = _LAYERS.get(key)
+    try:
+        layer = _LAYERS.get(key)
+    except TypeError:  # an attribute that cannot be hashed
+        return None
     if layer is None:
         layer = _LAYERS.setdefault(key, Layer(module))
     hooks = [getattr(m, name) for m in modules for name in _HOOKS]
@@ -114,7 +126,8 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
         for name, parameter in each._parameters.items():
             if parameter is not None:
                 first.setdefault(places[id(each._parameters), name], (each._parameters, name))
-    return LayerCall(layer, [first[index] for index in indices], hooks)
+    children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+    return LayerCall(layer, [first[index] for index in indices], hooks, children)
 
 
 def _places(modules: list[Any], places: Any, indices: list[int]) -> Iterator[int]:

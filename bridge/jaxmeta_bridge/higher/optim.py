@@ -73,6 +73,8 @@ class DifferentiableOptimizer:
                         "model that is patched."
                     )
             self._group_to_param_list.append([numbers[id(p)] for p in group["params"]])
+        # Nobody sees the gradients of others, unless there is a callback.
+        self._own = {index for mapping in self._group_to_param_list for index in mapping}
         for group in self.param_groups:
             group["params"] = [None] * len(group["params"])
         if override is not None:
@@ -138,7 +140,11 @@ class DifferentiableOptimizer:
         return new_params
 
     def _gradients(self, loss: torch.Tensor, params: list[Any], unseen: bool) -> list[Any]:
-        targets = [tensor for tensor in params if tensor.requires_grad]
+        asked = [
+            tensor.requires_grad and (not unseen or index in self._own)
+            for index, tensor in enumerate(params)
+        ]
+        targets = [tensor for tensor, wanted in zip(params, asked, strict=True) if wanted]
         if not loss.requires_grad:
             raise RuntimeError(
                 "The loss does not require grad: nothing that it was computed from does, or it was "
@@ -151,7 +157,7 @@ class DifferentiableOptimizer:
                     loss, targets, create_graph=self._track_higher_grads, allow_unused=True
                 )
             )
-        return [next(found) if tensor.requires_grad else None for tensor in params]
+        return [next(found) if wanted else None for wanted in asked]
 
     def _apply(self, params: list[Any], gradients: list[Any]) -> list[Any]:
         grouped = []
@@ -196,7 +202,7 @@ class _RuleOptimizer(DifferentiableOptimizer):
     def _gradients(self, loss: torch.Tensor, params: list[Any], unseen: bool) -> list[Any]:
         found = None
         if unseen and type(self)._update is _RuleOptimizer._update:
-            found = recorder.step_gradients(loss, params, self._track_higher_grads)
+            found = recorder.step_gradients(loss, params, self._own, self._track_higher_grads)
         return super()._gradients(loss, params, unseen) if found is None else found
 
     def _update(self, grouped_grads: list[list[Any]], **kwargs: Any) -> None:

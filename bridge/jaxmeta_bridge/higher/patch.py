@@ -125,10 +125,11 @@ class _MonkeyPatchBase(nn.Module):
     def _layer_call(self) -> LayerCall | None:
         state = self.__dict__
         root = self.root.__dict__
-        if state.get("_layer_version") != root["_version"]:
-            state["_layer"] = layer_call(self, root["_bindings"])
+        known = state.get("_layer")
+        if state.get("_layer_version") != root["_version"] or (known and not known.holds()):
+            known = state["_layer"] = layer_call(self, root["_bindings"])
             state["_layer_version"] = root["_version"]
-        return state["_layer"]
+        return known
 
     _root = None
     _bound = False

@@ -122,7 +122,7 @@ def _total(gradients: list[Any]) -> Any:
 
 
 def step_gradients(
-    loss: torch.Tensor, params: Sequence[torch.Tensor], create_graph: bool
+    loss: torch.Tensor, params: Sequence[torch.Tensor], own: set[int], create_graph: bool
 ) -> list[Value | None] | None:
     """The gradients of a loss as values of the recording; None where it does not know all ways.
 
@@ -130,19 +130,25 @@ def step_gradients(
     """
     if type(loss) is not Recorded or not loss._value.kind.grad:
         return None
-    values = []
-    for tensor in params:
+    targets = []
+    asked = []
+    for index, tensor in enumerate(params):
         if type(tensor) is not Recorded:
             return None
         value = tensor._value if tensor._root is None else tensor._root
-        if value.kind.grad and is_real(value):
+        wanted = value.kind.grad and index in own
+        if wanted and is_real(value):
             return None
-        values.append(value)
-    if all(value.kind.grad for value in values):
-        return add_gradient([loss._value], values, None, create_graph)
-    targets = [value for value in values if value.kind.grad]
-    found = iter(add_gradient([loss._value], targets, None, create_graph))
-    return [next(found) if value.kind.grad else None for value in values]
+        asked.append(wanted)
+        if wanted:
+            targets.append(value)
+    if not targets:
+        return [None for _ in params]
+    gradients = add_gradient([loss._value], targets, None, create_graph)
+    if len(targets) == len(params):
+        return gradients
+    found = iter(gradients)
+    return [next(found) if wanted else None for wanted in asked]
 
 
 def recorded_grad(

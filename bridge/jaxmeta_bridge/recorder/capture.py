@@ -41,6 +41,8 @@ def capture(tensor: torch.Tensor) -> Value:
         and found[1] == version
         and found[2] == grad
         and (value := found[3]()) is not None
+        and tensor.dtype is value.kind.dtype
+        and tensor.shape == value.kind.shape
         and torch.equal(tensor.detach(), value.data)
     ):
         return value

@@ -4,7 +4,7 @@ It holds the stretch of the recording between them. What that stretch takes from
 input of the operation, so gradients of gradients find their way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,11 +151,68 @@ def add_gradient(
         found = _add_within_window(outputs[0], wanted, keep)
         if found is not None:
             return found
+    gradients = _add_partial(outputs, wanted, cotangents, keep)
+    for given, older in _generations(wanted):
+        # Partial derivatives count the other wanted values as constants. What is newer passes its
+        # gradient on to what it was made from.
+        found = [(wanted[i], gradient) for i in given if (gradient := gradients[i]) is not None]
+        if not found or not older:
+            continue
+        values, weights = [value for value, _ in found], [gradient for _, gradient in found]
+        more = _add_partial(values, [wanted[i] for i in older], weights, keep)
+        for i, gradient in zip(older, more, strict=True):
+            gradients[i] = _add_sum(gradients[i], gradient)
+    return gradients
+
+
+def _generations(wanted: Sequence[Value]) -> Iterator[tuple[list[int], list[int]]]:
+    """Of values by which to differentiate: what one operation made, and all older ones.
+
+    From the newest on, as numbers; nothing if no value can depend on another.
+    """
+    ages = [
+        (-1.0, 0) if v.window is None or v.leaf else (v.window.serial, v.ref >> INDEX_BITS)
+        for v in wanted
+    ]
+    order = sorted(set(ages), reverse=True)
+    for age in order[:-1]:
+        yield (
+            [i for i, other in enumerate(ages) if other == age],
+            [i for i, other in enumerate(ages) if other < age],
+        )
+
+
+class _SumOp:
+    """The sum of two values."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kinds = (kind,)
+        self.name = "add"
+
+    def lower(self, inputs: Sequence[jax.Array], adjoint: Any) -> list[jax.Array]:
+        """See `Op.lower`."""
+        return [inputs[0] + inputs[1]]
+
+
+_SUMS: dict[Kind, _SumOp] = {}
+
+
+def _add_sum(one: Value | None, other: Value | None) -> Value | None:
+    if one is None or other is None:
+        return other if one is None else one
+    op = _SUMS.setdefault(one.kind, _SumOp(one.kind))
+    return add(op, (one, other))[0]
+
+
+def _add_partial(
+    outputs: Sequence[Value],
+    wanted: Sequence[Value],
+    cotangents: Sequence[Value] | None,
+    keep: bool,
+) -> list[Value | None]:
+    """As `add_gradient`, of ways that lead through no other wanted value."""
     nodes = _between(outputs, wanted)
-    targets = {value.key for value in wanted}
-    reached = {v.key for _, operands in nodes for v in operands if v.key in targets}
-    reached |= {value.key for value in outputs if value.key in targets}
-    used = list({value.key: value for value in wanted if value.key in reached}.values())
+    used = _used(nodes, outputs, wanted)
     if not used:
         return [None] * len(wanted)
     windows = {window for (window, _), _ in nodes}
@@ -174,31 +231,42 @@ _Node = tuple[tuple[Window, int], list[Value]]  # an operation's place, and its 
 
 def _between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[_Node]:
     """The operations on the ways from the wanted values to the outputs, in order."""
-    stop = {value.key for value in wanted}
+    targets = {value.key for value in wanted}
+    # What is older than all wanted values cannot depend on them.
+    oldest = min(v.ref if v.window is None else v.window.serial for v in wanted)
     found: dict[tuple[Window, int], list[Value]] = {}
-    stack = [value for value in outputs if _leads_on(value, stop)]
+    stack = [v for v in outputs if v.key not in targets and _leads_on(v, oldest)]
     while stack:
         value = stack.pop()
         assert value.window is not None
         node = (value.window, value.ref >> INDEX_BITS)
         if node not in found:
             found[node] = value.operands()
-            stack.extend(v for v in found[node] if _leads_on(v, stop))
+            stack.extend(v for v in found[node] if v.key not in targets and _leads_on(v, oldest))
     order = sorted(found.items(), key=lambda item: (item[0][0].serial, item[0][1]))
     dependent: set[tuple[Window, int]] = set()
     for node, operands in order:
         for value in operands:
-            if value.key in stop or (
-                _leads_on(value, stop) and (value.window, value.ref >> INDEX_BITS) in dependent
+            if (value.key in targets and value.kind.grad) or (
+                _leads_on(value, oldest) and (value.window, value.ref >> INDEX_BITS) in dependent
             ):
                 dependent.add(node)
                 break
     return [item for item in order if item[0] in dependent]
 
 
-def _leads_on(value: Value, stop: set[Any]) -> bool:
+def _leads_on(value: Value, oldest: float) -> bool:
     """Whether gradients go on from a value to what it was made from."""
-    return value.kind.grad and value.window is not None and not value.leaf and value.key not in stop
+    home = value.window
+    return value.kind.grad and home is not None and not value.leaf and home.serial >= oldest
+
+
+def _used(nodes: list[_Node], outputs: Sequence[Value], wanted: Sequence[Value]) -> list[Value]:
+    """Those of the wanted values on which the outputs depend, each once."""
+    targets = {value.key for value in wanted}
+    reached = {v.key for _, operands in nodes for v in operands if v.key in targets}
+    reached |= {value.key for value in outputs if value.key in targets}
+    return list({value.key: value for value in wanted if value.key in reached}.values())
 
 
 def _stretch(
@@ -206,8 +274,8 @@ def _stretch(
 ) -> tuple[list[Value], Stretch]:
     """The operations as a function, and its inputs: first those used, then what else it takes."""
     inputs: list[Value] = list(used)
-    slots = {value.key: ~index for index, value in enumerate(used)}
     numbers = {node: index for index, (node, _) in enumerate(nodes)}
+    slots = {value.key: ~index for index, value in enumerate(used)}
 
     def place(value: Value) -> Any:
         slot = slots.get(value.key)
@@ -259,8 +327,12 @@ def _add_within_window(
         return None
     slots = window.slots
     places = []
+    home, position = wanted[0].window, wanted[0].ref >> INDEX_BITS
     for value in wanted:
-        if value.window is window:
+        # Values that different operations made may depend on each other.
+        if value.window is window or value.window is not home:
+            return None
+        if home is not None and value.ref >> INDEX_BITS != position:
             return None
         places.append(slots.get(value.key, -1))
     key = (output.ref, tuple(places), keep)
@@ -288,7 +360,9 @@ def _is_before(value: Value, wanted: Sequence[Value]) -> bool:
         return True
     for other in wanted:
         if other.window is None:
-            return False
+            if home.serial >= other.ref:
+                return False
+            continue
         if (home.serial, value.ref) >= (other.window.serial, other.ref):
             return home is other.window and value.ref >> INDEX_BITS == other.ref >> INDEX_BITS
     return True
@@ -305,9 +379,7 @@ def _template(
         if window.externals[place].kind.grad and place not in places
     )
     nodes = [node for node in _between([output], wanted) if node[0][0] is window]
-    targets = {value.key for value in wanted}
-    reached = {v.key for _, operands in nodes for v in operands if v.key in targets}
-    used = list({v.key: v for v in wanted if v.key in reached}.values())
+    used = _used(nodes, [output], wanted)
     if not used:
         return None, (), (None,) * len(wanted), others
     inputs, stretch = _stretch(nodes, used, [output])

@@ -135,7 +135,7 @@ class Value:
     Attributes:
       kind: shape, dtype and whether it requires grad.
       window: where it is made; None for an input.
-      ref: which value of the window.
+      ref: which value of the window; of an input, the first window that may have taken it.
       data: of an input: a tensor of its own, or a Python number.
       leaf: whether torch's `backward` accumulates here.
       origin: weak reference to the leaf of torch's graph that an input is a copy of.
@@ -179,7 +179,7 @@ class Value:
         value = cls.__new__(cls)
         value.kind = kind
         value.window = None
-        value.ref = 0
+        value.ref = _TAPE.window.serial
         value._key = value
         value.data = data
         value.leaf = leaf
@@ -197,6 +197,8 @@ class Value:
     def become_input(self, data: Any) -> None:
         """Forgets how it was made, now that `data` is known."""
         self._key = self.key
+        assert self.window is not None
+        self.ref = self.window.serial
         self.data = data
         self.window = None
 
@@ -301,6 +303,8 @@ def add_op(op: Any, inputs: Sequence[Value]) -> tuple[Window, int]:
                 return add_op(op, inputs)
             slot = slots[value.key] = len(window.externals)
             window.externals.append(value)
+            if home is None and value.ref > window.serial:
+                value.ref = window.serial
         refs.append(~slot)
     return window, add_refs(window, op, tuple(refs))
 

@@ -60,7 +60,7 @@ def _cause() -> str:
             function = frame.f_locals["func"]
             # Of an attribute, such as `grad`, it is the `__get__`.
             owner = function.__self__ if function.__name__ == "__get__" else function
-            name = owner.__name__
+            name = getattr(owner, "__name__", "data")  # `data` is a property by then
         elif code.co_name not in _WRAPPERS:
             name = code.co_name
         frame = frame.f_back

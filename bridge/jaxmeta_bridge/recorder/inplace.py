@@ -150,7 +150,13 @@ def _refresh(base: Any, but: Any) -> None:
         inputs = list(origin.inputs)
         inputs[origin.slot] = base._value
         origin.inputs = tuple(inputs)
-        view._value = add(origin.op, origin.inputs)[origin.index]
+        new = add(origin.op, origin.inputs)[origin.index]
+        old = view._value
+        if old.leaf and old.kind.grad:  # made a leaf after it was detached: it stays that leaf
+            view._root = old
+            with torch.enable_grad():
+                new = value_of(record(with_derivative_of, (wrap(new), wrap(old)), {}))
+        view._value = new
         _refresh(view, None)
 
 

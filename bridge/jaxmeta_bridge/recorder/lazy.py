@@ -75,7 +75,7 @@ _OPEN = _Open()
 class LazyGradient(torch.Tensor):
     """The `.grad` of a leaf, computed when it is used."""
 
-    _pending: Any  # weak reference to what it waits for; None if it is there
+    _pending: _Pending | None  # what it waits for; None if it is there
     _real: torch.Tensor | None
     _leaf_shape: Any
     _leaf_dtype: Any
@@ -122,7 +122,7 @@ def _settle(leaf: Any) -> Any:
     if type(leaf) is not LazyGradient:
         return leaf
     if leaf._pending is not None:
-        leaf._pending().compute()
+        leaf._pending.compute()
     return leaf._real
 
 
@@ -155,7 +155,7 @@ def defer(losses: Sequence[Value], inputs: Sequence[Value], leaves: Sequence[tor
     for leaf in leaves:
         if leaf.grad is None:
             lazy = _make(LazyGradient, leaf.shape, dtype=leaf.dtype, device=leaf.device)
-            lazy._pending, lazy._real = weakref.ref(pending), None
+            lazy._pending, lazy._real = pending, None
             lazy._leaf_shape, lazy._leaf_dtype = leaf.shape, leaf.dtype
             leaf.grad = lazy
             key = id(leaf)
