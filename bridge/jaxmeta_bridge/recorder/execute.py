@@ -16,11 +16,11 @@ from jaxmeta_bridge.dlpack import adopt
 from jaxmeta_bridge.recorder.analysis import analyse, gradient_inputs
 from jaxmeta_bridge.recorder.capture import leaf_tensor, linked
 from jaxmeta_bridge.recorder.emit import Emitter
-from jaxmeta_bridge.recorder.gradient import GradientOp
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, State, Value, note_read, value_at
 from jaxmeta_bridge.recorder.history import note_run
 from jaxmeta_bridge.recorder.loops import OWN, Loop, Part, find_loops
 from jaxmeta_bridge.recorder.plan import Plan, make_plan, needed_windows
+from jaxmeta_bridge.recorder.stretch import GradientOp
 from jaxmeta_bridge.recorder.update import UpdateOp
 
 

@@ -11,11 +11,11 @@ import torch
 
 from jaxmeta import ArgumentTypeError
 from jaxmeta_bridge.recorder.execute import STATISTICS
-from jaxmeta_bridge.recorder.gradient import GradientOp, Stretch
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, INDEX_MASK, Kind
 from jaxmeta_bridge.recorder.history import RUNS
 from jaxmeta_bridge.recorder.loops import CARRIED, FIXED, OWN, Loop, Part, find_loops
 from jaxmeta_bridge.recorder.plan import Leaf, Plan, make_plan
+from jaxmeta_bridge.recorder.stretch import GradientOp, Stretch
 from jaxmeta_bridge.recorder.tensor import Recorded
 
 _WIDTH = 96

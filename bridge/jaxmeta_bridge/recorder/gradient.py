@@ -5,132 +5,16 @@ input of the operation, so gradients of gradients find their way.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jaxmeta_bridge.errors import UnsupportedOpError
 from jaxmeta_bridge.recorder.analysis import analyse
-from jaxmeta_bridge.recorder.emit import Emitter
 from jaxmeta_bridge.recorder.graph import INDEX_BITS, INDEX_MASK, Kind, Value, Window, add, add_refs
-from jaxmeta_bridge.recorder.loops import find_loops
-from jaxmeta_bridge.recorder.plan import Plan, make_plan
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A part of a recording as a function.
-
-    Attributes:
-      steps: operations in order, with the place of each operand: an input, as ~number, or
-        (step, output).
-      sources: places of the results.
-    """
-
-    steps: tuple[Any, ...]
-    sources: tuple[Any, ...]
-
-    def run(self, inputs: Sequence[jax.Array], adjoint: Any) -> list[jax.Array]:
-        """The results."""
-        made: list[list[jax.Array]] = []
-
-        def read(place: Any) -> jax.Array:
-            return inputs[~place] if type(place) is int else made[place[0]][place[1]]
-
-        for op, places in self.steps:
-            made.append(op.lower([read(place) for place in places], adjoint))
-        return [read(place) for place in self.sources]
-
-
-class LongStretch:
-    """A part of a recording as a function, with its loops; equal where plan and order are.
-
-    Args:
-      plan: what to compute.
-      order: for each input of the plan, its number among the function's inputs.
-    """
-
-    def __init__(self, plan: Plan, order: tuple[int, ...]) -> None:
-        self._key = (plan, order)
-        self._plan = plan
-        self._order = order
-        self._parts = find_loops(plan.leaves, 0, len(plan.leaves))
-        self.sources = plan.wanted
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LongStretch) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def run(self, inputs: Sequence[Any], adjoint: Any) -> list[jax.Array]:
-        """The results."""
-        emitter = Emitter(self._plan, self._parts, adjoint)
-        return emitter.evaluate(lambda index: jnp.asarray(inputs[self._order[index]]), {})
-
-
-class GradientOp:
-    """The derivative of what a stretch makes by its first `wanted` inputs.
-
-    Args:
-      stretch: the function; the operation's inputs are those of the function.
-      wanted: how many of the inputs to differentiate by.
-      weighted: whether further inputs follow, a cotangent for each result; else they are ones.
-      kinds: of the gradients. One that does not require grad is cut off.
-    """
-
-    __slots__ = ("_stretch", "_wanted", "_weighted", "kinds", "name")
-
-    def __init__(
-        self, stretch: Stretch | LongStretch, wanted: int, weighted: bool, kinds: tuple[Kind, ...]
-    ) -> None:
-        self.name = "gradient"
-        self._stretch = stretch
-        self._wanted = wanted
-        self._weighted = weighted
-        self.kinds = kinds
-
-    def lower(self, inputs: Sequence[jax.Array], adjoint: Any) -> list[jax.Array]:
-        """See `Op.lower`."""
-        end = len(inputs) - (len(self._stretch.sources) if self._weighted else 0)
-        variables, rest = list(inputs[: self._wanted]), list(inputs[self._wanted : end])
-
-        def function(variables: list[jax.Array]) -> list[jax.Array]:
-            return self._stretch.run([*variables, *rest], adjoint)
-
-        if self._is_plain(variables):
-            value_and_grad = adjoint.value_and_grad(lambda v: (function(v)[0].reshape(()), None))
-            _, gradients = value_and_grad(variables)
-        else:
-            outputs, pullback = jax.vjp(function, variables)
-            cotangents = inputs[end:] if self._weighted else map(jnp.ones_like, outputs)
-            # A complex cotangent of torch's is the conjugate of JAX's.
-            conjugate = [
-                jnp.conj(c.astype(o.dtype)) for c, o in zip(cotangents, outputs, strict=True)
-            ]
-            gradients = [jnp.conj(gradient) for gradient in pullback(conjugate)[0]]
-        return [
-            gradient if kind.grad else jax.lax.stop_gradient(gradient)
-            for gradient, kind in zip(gradients, self.kinds, strict=True)
-        ]
-
-    def _is_plain(self, variables: Sequence[jax.Array]) -> bool:
-        single = len(self._stretch.sources) == 1 and not self._weighted
-        return single and all(jnp.isrealobj(variable) for variable in variables)
-
-
-_OPS: dict[Any, GradientOp] = {}
-
-
-def _gradient_op(
-    stretch: Stretch | LongStretch, used: Sequence[Kind], weighted: bool, keep: bool
-) -> GradientOp:
-    kinds = tuple(Kind.of(kind.shape, kind.dtype, keep) for kind in used)
-    key = (stretch, len(used), weighted, kinds)
-    if key not in _OPS:
-        _OPS.setdefault(key, GradientOp(*key))
-    return _OPS[key]
+from jaxmeta_bridge.recorder.plan import make_plan
+from jaxmeta_bridge.recorder.stretch import GradientOp, LongStretch, Stretch, gradient_op
+from jaxmeta_bridge.recorder.update import UpdateOp
 
 
 def add_gradient(
@@ -151,6 +35,9 @@ def add_gradient(
         found = _add_within_window(outputs[0], wanted, keep)
         if found is not None:
             return found
+    _refuse_inside(outputs, wanted)
+    count = len(wanted)
+    wanted = [*wanted, *_weights_between(outputs, wanted)]
     gradients = _add_partial(outputs, wanted, cotangents, keep)
     for given, older in _generations(wanted):
         # Partial derivatives count the other wanted values as constants. What is newer passes its
@@ -162,7 +49,43 @@ def add_gradient(
         more = _add_partial(values, [wanted[i] for i in older], weights, keep)
         for i, gradient in zip(older, more, strict=True):
             gradients[i] = _add_sum(gradients[i], gradient)
-    return gradients
+    return gradients[:count]
+
+
+_FEW = 4  # updates between values and their gradient that are taken one by one
+
+
+def _weights_between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[Value]:
+    """Weights of an inner loop on the ways from the wanted values to the outputs, if they are few.
+
+    A gradient that is differentiated again has to know them: a later one may be by them.
+    """
+    known = {value.key for value in wanted}
+    found: dict[Any, Value] = {}
+    updates: set[Any] = set()
+    for _, operands in _between(outputs, wanted):
+        for value in operands:
+            if value.window is None or value.leaf or not value.kind.grad or value.key in known:
+                continue
+            if isinstance(value.op, UpdateOp):
+                found.setdefault(value.key, value)
+                updates.add((value.window, value.ref >> INDEX_BITS))
+    return list(found.values()) if len(updates) <= _FEW else []
+
+
+def _refuse_inside(outputs: Sequence[Value], wanted: Sequence[Value]) -> None:
+    """Raises where an earlier gradient, which is differentiated now, hides a wanted value."""
+    inside = [v for v in wanted if v.window is not None and v.ref >> INDEX_BITS in v.window.inside]
+    if not inside:
+        return
+    nodes = _between(outputs, inside, through=True)
+    if any(isinstance(window.steps[place].op, GradientOp) for (window, place), _ in nodes):
+        raise UnsupportedOpError(
+            "A gradient is asked of tensors that come from an earlier gradient (create_graph=True, "
+            "or a step), by values that were computed on the way to that one, such as activations "
+            "or weights in the middle of a long loop. Ask for them in the earlier call, too, or "
+            "make them leaves with detach().requires_grad_()."
+        )
 
 
 def _generations(wanted: Sequence[Value]) -> Iterator[tuple[list[int], list[int]]]:
@@ -220,7 +143,10 @@ def _add_partial(
         inputs, stretch = _long_stretch(used, outputs)
     else:
         inputs, stretch = _stretch(nodes, used, outputs)
-    op = _gradient_op(stretch, [v.kind for v in used], cotangents is not None, keep)
+    op = gradient_op(stretch, [v.kind for v in used], cotangents is not None, keep)
+    if keep:
+        for window, position in _inside(nodes):
+            window.inside.add(position)
     made = add(op, (*inputs, *(cotangents or ())))
     gradients = {value.key: gradient for value, gradient in zip(used, made, strict=True)}
     return [gradients.get(value.key) for value in wanted]
@@ -229,8 +155,16 @@ def _add_partial(
 _Node = tuple[tuple[Window, int], list[Value]]  # an operation's place, and its operands
 
 
-def _between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[_Node]:
-    """The operations on the ways from the wanted values to the outputs, in order."""
+def _between(
+    outputs: Sequence[Value], wanted: Sequence[Value], through: bool = False
+) -> list[_Node]:
+    """The operations on the ways from the wanted values to the outputs, in order.
+
+    Args:
+      outputs: where the ways end.
+      wanted: where they begin.
+      through: whether to take all newer operations on which the outputs depend.
+    """
     targets = {value.key for value in wanted}
     # What is older than all wanted values cannot depend on them.
     oldest = min(v.ref if v.window is None else v.window.serial for v in wanted)
@@ -244,6 +178,8 @@ def _between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[_Node]:
             found[node] = value.operands()
             stack.extend(v for v in found[node] if v.key not in targets and _leads_on(v, oldest))
     order = sorted(found.items(), key=lambda item: (item[0][0].serial, item[0][1]))
+    if through:
+        return order
     dependent: set[tuple[Window, int]] = set()
     for node, operands in order:
         for value in operands:
@@ -253,6 +189,13 @@ def _between(outputs: Sequence[Value], wanted: Sequence[Value]) -> list[_Node]:
                 dependent.add(node)
                 break
     return [item for item in order if item[0] in dependent]
+
+
+def _inside(nodes: list[_Node]) -> set[tuple[Window, int]]:
+    """Of some operations those whose results another of them takes."""
+    places = {node for node, _ in nodes}
+    taken = {(v.window, v.ref >> INDEX_BITS) for _, operands in nodes for v in operands if v.window}
+    return {(window, position) for window, position in taken if window} & places
 
 
 def _leads_on(value: Value, oldest: float) -> bool:
@@ -339,13 +282,15 @@ def _add_within_window(
     found = window.state.analyses.get(key)
     if found is None:
         found = window.state.analyses[key] = _template(window, output, wanted, places, keep)
-    op, refs, order, others = found
+    op, refs, order, others, inside = found
     externals = window.externals
     for place in others:
         if not _is_before(externals[place], wanted):
             return None
     if op is None:
         return [None for _ in wanted]
+    if keep:
+        window.inside |= inside
     ref = add_refs(window, op, refs)
     kinds = op.kinds
     return [
@@ -370,8 +315,11 @@ def _is_before(value: Value, wanted: Sequence[Value]) -> bool:
 
 def _template(
     window: Window, output: Value, wanted: Sequence[Value], places: Sequence[int], keep: bool
-) -> tuple[Any, tuple[int, ...], tuple[int | None, ...], tuple[int, ...]]:
-    """The operation, its refs, which gradient each wanted value gets, and externals to mind."""
+) -> tuple[Any, tuple[int, ...], tuple[int | None, ...], tuple[int, ...], frozenset[int]]:
+    """The operation, its refs, which gradient each wanted value gets, and what to mind.
+
+    That is externals that may depend on the wanted values, and positions inside the operation.
+    """
     needed = analyse(window.state, frozenset((output.ref,)))
     others = tuple(
         place
@@ -381,10 +329,10 @@ def _template(
     nodes = [node for node in _between([output], wanted) if node[0][0] is window]
     used = _used(nodes, [output], wanted)
     if not used:
-        return None, (), (None,) * len(wanted), others
+        return None, (), (None,) * len(wanted), others, frozenset()
     inputs, stretch = _stretch(nodes, used, [output])
-    op = _gradient_op(stretch, [v.kind for v in used], False, keep)
+    op = gradient_op(stretch, [v.kind for v in used], False, keep)
     numbers = {value.key: number for number, value in enumerate(used)}
     refs = tuple(v.ref if v.window is window else ~window.slots[v.key] for v in inputs)
     order = tuple(numbers.get(value.key) for value in wanted)
-    return op, refs, order, others
+    return op, refs, order, others, frozenset(position for _, position in _inside(nodes))

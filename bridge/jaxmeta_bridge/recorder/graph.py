@@ -108,6 +108,7 @@ class Window:
         "closed",
         "externals",
         "hidden",
+        "inside",
         "read",
         "reals",
         "serial",
@@ -126,6 +127,7 @@ class Window:
         self.arrays: dict[int, Any] = {}  # values that were computed
         self.reals: dict[int, torch.Tensor] | None = None  # values in torch's own graph
         self.read = False  # whether a value was computed while operations were still added
+        self.inside: set[int] = set()  # positions that a gradient repeats within itself
         self.hidden = False  # whether differentiable tensors of torch's come from inside a program
 
 
