@@ -24,3 +24,19 @@ def x64() -> Iterator[None]:
     """float64 for the duration of one test; the process's own setting stays as it is."""
     with jax.enable_x64(True):
         yield
+
+
+_TESTS_RUN = 0
+
+
+@pytest.fixture(autouse=True)
+def _few_programs_at_a_time() -> Iterator[None]:
+    """Each compiled program takes a few memory mappings, of which Linux allows 65,530 a process.
+
+    All tests together would need more, and XLA ends the process when it gets none.
+    """
+    global _TESTS_RUN
+    yield
+    _TESTS_RUN += 1
+    if _TESTS_RUN % 200 == 0:
+        jax.clear_caches()
