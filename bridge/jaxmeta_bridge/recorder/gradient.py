@@ -31,6 +31,8 @@ def add_gradient(
       cotangents: one for each output; ones if None.
       keep: whether the gradients shall be differentiable (torch's `create_graph`).
     """
+    if not wanted:
+        return []
     if len(outputs) == 1 and cotangents is None:
         found = _add_within_window(outputs[0], wanted, keep)
         if found is not None:

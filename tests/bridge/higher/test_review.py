@@ -226,3 +226,14 @@ def test_a_detached_leaf_whose_original_changes(higher, peek):
         fmodel.update_params(own)
         meta = mse(fmodel, 1)
         return meta, list(autograd.grad(meta, own))
+
+
+@script
+def test_a_gradient_by_what_the_loop_does_not_know(higher, peek):
+    model, other = network(), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with maml(higher, model) as (fmodel, diffopt):
+        diffopt.step(mse(fmodel))
+        meta = mse(fmodel, 1)
+        (found,) = autograd.grad(meta, [other], allow_unused=True, create_graph=True)
+    assert found is None
+    return meta
