@@ -13,14 +13,25 @@ from jaxmeta_bridge.aten.registry import lowers
 _ops: Any = torch.ops.jaxmeta_bridge
 
 
+@jax.custom_jvp
+def _nothing(proxy: jax.Array) -> jax.Array:
+    """Zeros, differentiated as if they were `proxy`."""
+    return jnp.zeros_like(proxy)
+
+
+@_nothing.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _nothing(*primals), tangents[0]
+
+
 def with_derivative_of(value: jax.Array, proxy: jax.Array) -> jax.Array:
     """`value`, differentiated as if it were `proxy` (same shape and dtype).
 
-    A `jax.custom_jvp` would say so more directly, but inside of `lax.scan` JAX forgets its rule
-    when derivatives are differentiated again.
+    `_nothing` alone would say it, but inside of `lax.scan` JAX forgets the rule of a `custom_jvp`
+    when derivatives are differentiated again. The difference needs no rule, and finite numbers.
     """
     fixed = lax.stop_gradient(proxy)
-    nothing = jnp.where(jnp.isfinite(fixed), proxy - fixed, jnp.zeros_like(proxy))
+    nothing = jnp.where(jnp.isfinite(fixed), proxy - fixed, _nothing(proxy))
     return lax.stop_gradient(value) + nothing
 
 
