@@ -117,13 +117,13 @@ def study(
       numbers: how many of the last slots are Python numbers.
       autocast: the dtype, where autocast is on.
     """
-    grad = torch.is_grad_enabled()
+    enabled = torch.is_grad_enabled()
     if autocast is None and _refuses_mixed_dtypes(function, kinds):
         return None
     if "rrelu" in getattr(function, "__name__", ""):
         return None  # how many numbers it draws depends on values
 
-    def call(tensors: Sequence[Any]) -> Any:
+    def call(tensors: Sequence[Any], grad: bool = enabled) -> Any:
         with torch.set_grad_enabled(grad), _autocast(autocast):
             return function(*fill(args, tensors), **fill(kwargs, tensors))
 

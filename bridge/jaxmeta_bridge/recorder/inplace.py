@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as torch_tree
 
 from jaxmeta_bridge.recorder.calls import CallOp, Outcome
@@ -118,26 +120,22 @@ def become_recorded(tensor: Any) -> None:
     tensor._value = value
 
 
-def rebind(tensor: Any, value: Value) -> None:
-    """Lets a tensor, and all that share its memory, stand for what it was changed to."""
+def rebind(tensor: Any, value: Value, but: Any = None) -> None:
+    """Lets a tensor, and all that share its memory, stand for what it was changed to.
+
+    Args:
+      tensor: what was changed.
+      value: to what.
+      but: a view of it that is right already.
+    """
     old = tensor._value
-    if old.leaf and old.kind.grad and not torch.is_grad_enabled():
+    if old.leaf and old.kind.grad:  # autograd does not notice: it stays the leaf that it was
         tensor._root = old
     tensor._value = value
     origin = tensor._origin
     if origin is not None:
-        base = origin.base
-        rebind_base(base, _write(origin, tensor), tensor)
-    _refresh(tensor, None)
-
-
-def rebind_base(base: Any, value: Value, child: Any) -> None:
-    """As `rebind`, for the tensor that `child` is a view of."""
-    base._value = value
-    origin = base._origin
-    if origin is not None:
-        rebind_base(origin.base, _write(origin, base), base)
-    _refresh(base, child)
+        rebind(origin.base, _write(origin, tensor), tensor)
+    _refresh(tensor, but)
 
 
 def _refresh(base: Any, but: Any) -> None:
@@ -187,7 +185,8 @@ class _Writer:
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         inputs = list(tensors[:-1])
         inputs[self._slot] = inputs[self._slot].clone()
-        results = torch_tree.tree_leaves(self._op.replay(inputs))
+        # A view that is taken under no_grad could not be written to with a gradient.
+        results = torch_tree.tree_leaves(self._op.replay(inputs, grad=True))
         views = [result for result in results if isinstance(result, torch.Tensor)]
         views[self._index].copy_(tensors[-1])
         return inputs[self._slot]
@@ -199,6 +198,8 @@ _WRITERS: dict[Any, _Writer] = {}
 def with_derivative_of(value: torch.Tensor, proxy: torch.Tensor) -> torch.Tensor:
     """`value`, differentiated as if it were `proxy`: what autograd does not notice."""
     with torch.enable_grad():
+        if not isinstance(value, FakeTensor | FunctionalTensor):
+            return value.detach() + (proxy - proxy.detach())
         return torch.ops.jaxmeta_bridge.with_derivative_of(value, proxy)
 
 

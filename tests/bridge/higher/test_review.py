@@ -237,3 +237,34 @@ def test_a_gradient_by_what_the_loop_does_not_know(higher, peek):
         (found,) = autograd.grad(meta, [other], allow_unused=True, create_graph=True)
     assert found is None
     return meta
+
+
+@script
+def test_a_leaf_changed_through_what_shares_its_memory(higher, peek):
+    """`data`, and a part under no_grad: it stays the leaf on which gradients land."""
+    model = network()
+    with higher.innerloop_ctx(model, sgd(model)) as (fmodel, diffopt):
+        first = next(fmodel.parameters())
+        first.data.mul_(0.5)
+        with torch.no_grad():
+            first[0].add_(1.0)
+        assert first.is_leaf
+        peek(first)
+        diffopt.step(mse(fmodel))
+        meta = mse(fmodel, 1)
+        meta.backward()
+        return meta, first.detach(), first.grad, list(fmodel.parameters())
+
+
+@script
+def test_a_weight_written_in_part_meets_what_cannot_be_recorded(higher, peek):
+    model = network()
+    with maml(higher, model) as (fmodel, diffopt):
+        diffopt.step(mse(fmodel))
+        weights = [weight.clone() for weight in fmodel.parameters()]
+        with torch.no_grad():
+            weights[0][1].mul_(2.0)
+        fmodel.update_params(weights)
+        found = torch.fft.fft(fmodel(batch()[0])[:, 0]).abs().sum()
+        found.backward()
+    return found, gradients(model)
