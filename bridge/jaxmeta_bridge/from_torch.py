@@ -1,6 +1,5 @@
 """`from_torch`: a torch module or function as a pure JAX function."""
 
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, overload
 
@@ -15,10 +14,8 @@ from jaxmeta_bridge.calls import Call, Compiled
 from jaxmeta_bridge.dlpack import tensor_to_jax
 from jaxmeta_bridge.dtypes import x64_enabled
 from jaxmeta_bridge.keys import function_key, module_key
+from jaxmeta_bridge.settings import TRACING
 from jaxmeta_bridge.trace import trace
-
-# Tracing swaps a module's parameters for a moment: one trace at a time, and no look at them then.
-_TRACING = threading.RLock()
 
 
 @overload
@@ -109,7 +106,7 @@ class TensorFunction:
                 parts = call.rebuild(tensors)
                 return self._function(*parts["args"], **parts["kwargs"])
 
-            with _TRACING:
+            with TRACING:
                 program = trace(function, call.specs)
             self._compiled[key] = Compiled(_name(self._function), program)
         return self._compiled[key](call.arrays, rng)
@@ -130,19 +127,19 @@ class ModuleFunction:
     @property
     def params(self) -> dict[str, jax.Array]:
         """The module's present parameters by torch's names, copied; tied ones stand once."""
-        with _TRACING:
+        with TRACING:
             return {k: tensor_to_jax(p) for k, p in self._module.named_parameters()}
 
     @property
     def buffers(self) -> dict[str, jax.Array]:
         """The module's present buffers by torch's names, copied; int64 is int32 without x64."""
-        with _TRACING:
+        with TRACING:
             return {k: tensor_to_jax(b, int64="int32") for k, b in self._module.named_buffers()}
 
     @property
     def frozen(self) -> frozenset[str]:
         """Names of the parameters with `requires_grad=False`."""
-        with _TRACING:
+        with TRACING:
             named = list(self._module.named_parameters())
         return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
@@ -181,7 +178,7 @@ class ModuleFunction:
           ArgumentKeyError, ArgumentValueError, ArgumentTypeError: wrong keys, shapes or values.
         """
         _check_key(rng)
-        with _TRACING:  # while another thread traces, the module holds other tensors
+        with TRACING:  # while another thread traces, the module holds other tensors
             params = _ordered("params", params, dict(self._module.named_parameters()))
             buffers = _ordered("buffers", buffers, dict(self._module.named_buffers()))
             call = Call.of(params=params, buffers=buffers, args=inputs, kwargs=kwargs)

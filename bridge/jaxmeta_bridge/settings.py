@@ -2,10 +2,14 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+# Tracing changes these settings, and swaps a module's parameters, for a moment: one at a time.
+TRACING = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -13,7 +17,7 @@ def tracing_settings() -> Iterator[None]:
     """Whatever the caller's modes: gradients are on, inference mode and autocast are off."""
     with (
         _without_questions(),
-        _quiet(),
+        quiet(),
         torch.inference_mode(False),
         torch.autocast("cpu", enabled=False),
         torch.enable_grad(),
@@ -46,7 +50,7 @@ def _without_questions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch logs a page about each error that user code raises on fake tensors, then raises it."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True

@@ -32,7 +32,6 @@ class Copied:
     root: Any
     modules: list[Any]
     bindings: list[Binding]
-    parameters: list[Any]  # the distinct ones of the original
 
 
 def copy_module(
@@ -53,8 +52,7 @@ def copy_module(
         prefix = "Functional" if original is module else "InnerFunctional"
         cls: Any = class_of(type(original), prefix)
         copies[id(original)] = cls.__new__(cls)
-    distinct = list(module.parameters())
-    numbers = {id(parameter): index for index, parameter in enumerate(distinct)}
+    numbers = {id(parameter): index for index, parameter in enumerate(module.parameters())}
     bindings: list[Binding] = []
     for original in originals:
         state = copies[id(original)].__dict__
@@ -74,7 +72,7 @@ def copy_module(
             for name, child in original._modules.items()
         )
         _drop_backward_hooks(original, state)
-    return Copied(copies[id(module)], list(copies.values()), bindings, distinct)
+    return Copied(copies[id(module)], list(copies.values()), bindings)
 
 
 _OWN = {"_parameters", "_buffers", "_modules"}
@@ -88,9 +86,7 @@ def _drop_backward_hooks(original: nn.Module, state: dict[str, Any]) -> None:
             "gradients are computed by compiled programs.",
             stacklevel=2,
         )
-    for name in ("_backward_hooks", "_backward_pre_hooks"):
-        if name in state:
-            state[name] = OrderedDict()
+    state["_backward_hooks"], state["_backward_pre_hooks"] = OrderedDict(), OrderedDict()
 
 
 def _translate(name: str, value: Any, copies: dict[int, Any]) -> Any:

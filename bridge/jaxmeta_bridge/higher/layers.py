@@ -5,7 +5,6 @@ spends most of its recording time in them.
 """
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -102,18 +101,18 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
         return None
     if any(type(m)._original is nn.Sequential and not len(m) for m in modules):
         return None
-    places = {(id(b.parameters), b.name): b.index for b in bindings}
-    indices: list[int] = []
-    for each in modules:
-        for name, parameter in each._parameters.items():
-            if parameter is None:
-                continue
-            index = places.get((id(each._parameters), name))
-            if index is None:
-                return None  # registered after the module was patched
-            if index not in indices:
-                indices.append(index)
-    key = (tuple(_settings(m) for m in modules), tuple(_places(modules, places, indices)))
+    numbers = {(id(b.parameters), b.name): b.index for b in bindings}
+    places = [
+        (m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None
+    ]
+    found = [numbers.get((id(parameters), name)) for parameters, name in places]
+    if None in found:
+        return None  # one was registered after the module was patched
+    distinct: dict[Any, Any] = {}  # number of a parameter -> where it is first
+    for index, place in zip(found, places, strict=True):
+        distinct.setdefault(index, place)
+    order = list(distinct)
+    key = (tuple(_settings(m) for m in modules), tuple(order.index(index) for index in found))
     try:
         layer = _LAYERS.get(key)
     except TypeError:  # an attribute that cannot be hashed
@@ -121,21 +120,8 @@ def layer_call(module: Any, bindings: list[Binding]) -> LayerCall | None:
     if layer is None:
         layer = _LAYERS.setdefault(key, Layer(module))
     hooks = [getattr(m, name) for m in modules for name in _HOOKS]
-    first: dict[int, Any] = {}
-    for each in modules:
-        for name, parameter in each._parameters.items():
-            if parameter is not None:
-                first.setdefault(places[id(each._parameters), name], (each._parameters, name))
     children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
-    return LayerCall(layer, [first[index] for index in indices], hooks, children)
-
-
-def _places(modules: list[Any], places: Any, indices: list[int]) -> Iterator[int]:
-    """Which parameters are tied."""
-    for each in modules:
-        for name, parameter in each._parameters.items():
-            if parameter is not None:
-                yield indices.index(places[id(each._parameters), name])
+    return LayerCall(layer, list(distinct.values()), hooks, children)
 
 
 def _settings(module: Any) -> Any:

@@ -170,9 +170,6 @@ class DifferentiableOptimizer:
             for tensor, index in zip(group["params"], mapping, strict=True):
                 if tensor is params[index]:
                     continue
-                if isinstance(self, _RuleOptimizer):
-                    new_params[index] = tensor
-                    continue
                 if not self._track_higher_grads and not tensor.is_leaf:
                     tensor = recorder.to_leaf(tensor.detach(), params[index].requires_grad)
                 new_params[index] = tensor
@@ -223,6 +220,9 @@ class _RuleOptimizer(DifferentiableOptimizer):
         recorder.settle([*values, *self._machine.values()])
 
 
+_opt_mapping: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {}
+
+
 def _differentiable(name: str) -> type[_RuleOptimizer]:
     optimizer = getattr(torch.optim, name)
     body = {
@@ -230,7 +230,9 @@ def _differentiable(name: str) -> type[_RuleOptimizer]:
         "__doc__": f"Steps as `torch.optim.{name}` does, differentiable in all its numbers.",
         "__module__": __name__,
     }
-    return type(f"Differentiable{name}", (_RuleOptimizer,), body)
+    kind = type(f"Differentiable{name}", (_RuleOptimizer,), body)
+    _opt_mapping[optimizer] = kind
+    return kind
 
 
 DifferentiableSGD = _differentiable("SGD")
@@ -246,16 +248,6 @@ DifferentiableASGD = _differentiable("ASGD")
 DifferentiableMuon = _differentiable("Muon")
 DifferentiableRMSprop = _differentiable("RMSprop")
 DifferentiableRprop = _differentiable("Rprop")
-
-_opt_mapping: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
-    kind._type: kind
-    for kind in (
-        *(DifferentiableSGD, DifferentiableAdam, DifferentiableAdamW, DifferentiableNAdam),
-        *(DifferentiableRAdam, DifferentiableAdadelta, DifferentiableAdafactor),
-        *(DifferentiableAdagrad, DifferentiableAdamax, DifferentiableASGD, DifferentiableMuon),
-        *(DifferentiableRMSprop, DifferentiableRprop),
-    )
-}
 
 
 def _class_for(kind: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
@@ -322,7 +314,9 @@ def create_diff_optim(
         if fmodel is None:
             raise ValueError("params and fmodel are missing: one of them has to be given.")
         params = list(fmodel.parameters())
-    groups = list(params)
+    given = list(params)
+    if not (given and isinstance(given[0], dict)):
+        given = [{"params": given}]
     stand_ins: dict[int, torch.Tensor] = {}
 
     def stand_in(tensor: torch.Tensor) -> torch.Tensor:
@@ -330,28 +324,18 @@ def create_diff_optim(
             stand_ins[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype).requires_grad_()
         return stand_ins[id(tensor)]
 
-    if groups and isinstance(groups[0], dict):
-        members = [
-            {**g, "params": [g["params"]] if torch.is_tensor(g["params"]) else list(g["params"])}
-            for g in groups
-        ]
-        tensors = [tensor for group in members for tensor in group["params"]]
-        given: list[Any] = [
-            {**group, "params": [stand_in(t) for t in group["params"]]} for group in members
-        ]
-    else:
-        tensors = groups
-        given = [stand_in(tensor) for tensor in tensors]
+    groups = []
+    for group in given:
+        members = group["params"]
+        tensors = [members] if torch.is_tensor(members) else list(members)
+        groups.append({**group, "params": [stand_in(tensor) for tensor in tensors]})
+    reference = list(stand_ins.values())
     if fmodel is not None and fmodel.fast_params is not None:
-        known = {id(t) for t in tensors}
         order = list(fmodel.fast_params)
-        reference = [stand_in(t) for t in order] if known <= {id(t) for t in order} else None
-    else:
-        reference = None
-    if reference is None:
-        reference = [stand_in(tensor) for tensor in tensors]
+        if stand_ins.keys() <= {id(tensor) for tensor in order}:
+            reference = [stand_in(tensor) for tensor in order]
     return diff_type(
-        opt_type(given, **(opt_kwargs or {})),
+        opt_type(groups, **(opt_kwargs or {})),
         reference,
         fmodel=fmodel,
         device=device,

@@ -14,6 +14,7 @@ from jaxmeta_bridge.recorder import (
     begin_stretch,
     to_copies,
     to_leaf,
+    to_ordinary,
     to_recorded,
     watch_torch,
 )
@@ -27,8 +28,8 @@ class _MonkeyPatchBase(nn.Module):
     _weights: "list[list[Any]] | None"
     _bindings: list[Binding]
     _track_higher_grads: bool
-    _param_names: list[str]
-    _being_modified_internally: bool
+    _root: Any = None  # the root; None in the root itself
+    _bound = False  # whether a patched tree belongs to this root; not one made by slicing another
 
     @property
     def is_root(self) -> bool:
@@ -39,11 +40,6 @@ class _MonkeyPatchBase(nn.Module):
     def root(self) -> "_MonkeyPatchBase":
         """The module that was patched."""
         return self if self._root is None else self._root
-
-    @property
-    def direct_submodule_call(self) -> bool:
-        """Always true: submodules can be called at any time."""
-        return True
 
     @property
     def init_fast_params(self) -> list[torch.Tensor]:
@@ -115,13 +111,6 @@ class _MonkeyPatchBase(nn.Module):
         for binding in self._bindings:
             binding.parameters[binding.name] = params[binding.index]
 
-    @property
-    def _param_mapping(self) -> list[int]:
-        return [binding.index for binding in self._bindings]
-
-    def _expand_params(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [params[index] for index in self._param_mapping]
-
     def _layer_call(self) -> LayerCall | None:
         state = self.__dict__
         root = self.root.__dict__
@@ -130,9 +119,6 @@ class _MonkeyPatchBase(nn.Module):
             known = state["_layer"] = layer_call(self, root["_bindings"])
             state["_layer_version"] = root["_version"]
         return known
-
-    _root = None
-    _bound = False
 
     def _take(self, params: Iterable[torch.Tensor] | None) -> None:
         root = self.root
@@ -185,20 +171,13 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _set(self: Any, name: str, value: Any) -> None:
-    parameters = self.__dict__.get("_parameters")
-    bound = (self.__dict__.get("_root") or self).__dict__.get("_bound", False)
-    if (
-        bound
-        and parameters is not None
-        and name in parameters
-        and not isinstance(value, _Placeholder)
-    ):
-        if parameters[name] is None and value is None:
-            return
-        self._replace(name, value)
+    root = self.root.__dict__
+    parameters = self.__dict__.get("_parameters", {})
+    if self.root._bound and name in parameters:
+        if parameters[name] is not None or value is not None:
+            self._replace(name, value)
         return
-    root = self.__dict__.get("_root") or self
-    root.__dict__["_version"] = root.__dict__.get("_version", 0) + 1
+    root["_version"] = root.get("_version", 0) + 1
     buffers = self.__dict__.get("_buffers")
     if buffers is not None and name in buffers and isinstance(value, torch.Tensor):
         value = to_recorded(value)
@@ -261,7 +240,6 @@ def _class_of(base: type[nn.Module], prefix: str) -> type[Any]:
             "forward": _forward(base),
             "__setattr__": _set,
             "_apply": _apply_to_all,
-            "_wrapped_name": base.__name__,
             "_original": base,
             "__module__": base.__module__,
             "__doc__": base.__doc__,
@@ -270,12 +248,9 @@ def _class_of(base: type[nn.Module], prefix: str) -> type[Any]:
             body["parameters"] = _parameters
         if hasattr(base, "flatten_parameters"):
             body["flatten_parameters"] = _no_op
-        _CLASSES[key] = type(prefix + base.__name__, _bases(base), body)
+        bases: Any = (base, _MonkeyPatchBase)
+        _CLASSES[key] = type(prefix + base.__name__, bases, body)
     return _CLASSES[key]
-
-
-def _bases(base: type[Any]) -> tuple[type[Any], ...]:
-    return base, _MonkeyPatchBase
 
 
 _CLASSES: dict[Any, type[Any]] = {}
@@ -317,12 +292,8 @@ def make_functional(
     state["_version"] = 0  # counts changes of attributes anywhere in the tree
     state["_weights"] = None
     state["_track_higher_grads"] = True
-    state["_original_params"] = module.parameters()
-    state["_initial"] = copied.parameters
     for each in copied.modules:
         each.__dict__["_root"] = None if each is root else root
-        each.__dict__["_param_names"] = [n for n, p in each._parameters.items() if p is not None]
-        each.__dict__["_being_modified_internally"] = False
     if encapsulator is not None:
         encapsulator(root, module)
     return root
@@ -346,7 +317,7 @@ def monkeypatch(
 
     def encapsulator(fmodule: Any, original: nn.Module) -> None:
         begin_stretch()
-        params: list[Any] = fmodule.__dict__.pop("_initial")
+        params: list[Any] = list(original.parameters())
         if device is not None:
             params = [parameter.to(device) for parameter in params]
         if copy_initial_weights:
@@ -378,7 +349,8 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | No
         if patched:
             moved = to_recorded(moved)
         elif type(moved) is Recorded:
-            moved = moved.contiguous() if False else _ordinary(moved)
+            with torch.no_grad():
+                moved = to_ordinary(moved)
         fmodule._buffers[name] = moved
     for name, child in module._modules.items():
         if name not in fmodule._modules:
@@ -386,10 +358,3 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | No
         other = fmodule._modules[name]
         if child is not None and other is not None:
             buffer_sync(child, other, device)
-
-
-def _ordinary(tensor: Any) -> torch.Tensor:
-    from jaxmeta_bridge.recorder import to_ordinary
-
-    with torch.no_grad():
-        return to_ordinary(tensor)

@@ -55,25 +55,3 @@ def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
 
 def _is_container(target: Any) -> bool:
     return isinstance(target, list | tuple | dict | set)
-
-
-def _find_param_in_list(param: torch.Tensor, params: Any) -> int | None:
-    return next((index for index, p in enumerate(params) if p is param), None)
-
-
-def _get_param_mapping(
-    module: torch.nn.Module, seen: list[torch.Tensor], mapping: list[int]
-) -> list[int]:
-    """For each place of a parameter in the module tree, its number among the distinct ones."""
-    for param in module._parameters.values():
-        if param is None:
-            continue
-        found = _find_param_in_list(param, seen)
-        if found is None:
-            found = len(seen)
-            seen.append(param)
-        mapping.append(found)
-    for child in module._modules.values():
-        if child is not None:
-            _get_param_mapping(child, seen, mapping)
-    return mapping

@@ -1,7 +1,7 @@
 """Records torch calls on tensors without values, and runs them as compiled JAX programs."""
 
 from jaxmeta_bridge.recorder import attributes, autodiff, bounds, eager, inplace, queries
-from jaxmeta_bridge.recorder.autodiff import grad, recorded_grad, step_gradients
+from jaxmeta_bridge.recorder.autodiff import grad, step_gradients
 from jaxmeta_bridge.recorder.capture import capture, number
 from jaxmeta_bridge.recorder.eager import to_ordinary
 from jaxmeta_bridge.recorder.enter import (
@@ -37,7 +37,6 @@ __all__ = [
     "number",
     "queries",
     "record_values",
-    "recorded_grad",
     "settings",
     "settle",
     "start_state",

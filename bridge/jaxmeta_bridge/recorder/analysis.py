@@ -12,7 +12,7 @@ def gradient_inputs(values: Sequence[Value]) -> list[Value]:
     """The inputs and leaves to which gradients of the values lead."""
     found: dict[Any, Value] = {}
     needs: dict[Window, set[int]] = {}
-    heap: list[tuple[int, int, Window]] = []
+    heap: list[tuple[int, Window]] = []
 
     def need(value: Value) -> None:
         if not value.kind.grad:
@@ -25,21 +25,16 @@ def gradient_inputs(values: Sequence[Value]) -> list[Value]:
             return
         if window not in needs:
             needs[window] = set()
-            heapq.heappush(heap, (-window.serial, id(window), window))
+            heapq.heappush(heap, (-window.serial, window))
         needs[window].add(value.ref)
 
     for value in values:
         need(value)
     while heap:
-        window = heapq.heappop(heap)[2]
+        window = heapq.heappop(heap)[1]
         for external in _gradient_externals(window.state, frozenset(needs[window])):
             need(window.externals[external])
     return list(found.values())
-
-
-def _on_all(index: int) -> None:
-    """An output of an operation that does not say otherwise may depend on all inputs."""
-    return
 
 
 def _gradient_externals(state: State, needed: frozenset[int]) -> tuple[int, ...]:
@@ -59,8 +54,9 @@ def _gradient_externals(state: State, needed: frozenset[int]) -> tuple[int, ...]
                 continue
             step, index = steps[ref >> INDEX_BITS], ref & INDEX_MASK
             if step.op.kinds[index].grad:
-                places = getattr(step.op, "depends", _on_all)(index)
-                stack.extend(step.refs if places is None else [step.refs[p] for p in places])
+                # An output of an operation that does not say otherwise may depend on all inputs.
+                depends = getattr(step.op, "depends", None)
+                stack += [step.refs[p] for p in depends(index)] if depends else step.refs
         found = state.analyses[key] = tuple(sorted(~ref for ref in seen if ref < 0))
     return found
 

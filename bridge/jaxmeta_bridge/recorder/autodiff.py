@@ -8,7 +8,7 @@ import torch
 from jaxmeta_bridge.errors import UnsupportedOpError
 from jaxmeta_bridge.recorder.analysis import gradient_inputs
 from jaxmeta_bridge.recorder.capture import leaf_tensor, linked
-from jaxmeta_bridge.recorder.execute import default_adjoint, gradients, make_leaf, with_graph
+from jaxmeta_bridge.recorder.execute import gradients, make_leaf, with_graph
 from jaxmeta_bridge.recorder.gradient import add_gradient
 from jaxmeta_bridge.recorder.graph import Value
 from jaxmeta_bridge.recorder.lazy import defer
@@ -135,7 +135,7 @@ def step_gradients(
     for index, tensor in enumerate(params):
         if type(tensor) is not Recorded:
             return None
-        value = tensor._value if tensor._root is None else tensor._root
+        value = leaf_of(tensor)
         wanted = value.kind.grad and index in own
         if wanted and is_real(value):
             return None
@@ -172,7 +172,7 @@ def _ordinary_grad(
     if not inside and all(type(out) is Recorded for out in outs):
         values = [out._value for out in outs]
         if create or weights is not None:
-            reals = with_graph(values, default_adjoint(), hide=create)
+            reals = with_graph(values, hide=create)
         else:
             reals, weights = _pull(values)
     else:
@@ -184,8 +184,7 @@ def _ordinary_grad(
             )
         reals = [real(out._value) if type(out) is Recorded else out for out in outs]
     sources = [real(leaf_of(t)) if type(t) is Recorded else t for t in ins]
-    if weights is not None:
-        weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
+    weights = _ordinary(weights)
     if not reals:
         return [None for _ in ins]
     return list(
@@ -193,6 +192,12 @@ def _ordinary_grad(
             reals, sources, weights, retain_graph=retain, create_graph=create, allow_unused=True
         )
     )
+
+
+def _ordinary(weights: Any) -> list[Any] | None:
+    if weights is None:
+        return None
+    return [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
 
 
 def _pull(values: Sequence[Value]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -230,18 +235,16 @@ def backward(
             raise RuntimeError(_NO_GRAD.format(index))
         if (weights is None or weights[index] is None) and out.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    if weights is not None:
-        weights = [HANDLERS["ordinary"](w) if type(w) is Recorded else w for w in weights]
+    weights = _ordinary(weights)
     if weights is None and not create_graph and inputs is None and _defer(outs):
         return
-    recorded = [out for out in outs if type(out) is Recorded]
-    values = [out._value for out in recorded]
+    values = [out._value for out in outs if type(out) is Recorded]
     if weights is None and not create_graph:
         roots, weights = _pull(values)
         roots += [out for out in outs if type(out) is not Recorded]
         weights += [None for out in outs if type(out) is not Recorded]
     else:
-        reals = iter(with_graph(values, default_adjoint()))
+        reals = iter(with_graph(values))
         roots = [next(reals) if type(out) is Recorded else out for out in outs]
     if inputs is not None:
         inputs = [real(leaf_of(t)) if type(t) is Recorded else t for t in _as_tuple(inputs)]

@@ -8,7 +8,6 @@ outcome too: `None`, and is computed by ordinary means.
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from jaxmeta_bridge.errors import ControlFlowError, ConversionError, Unsupported
 from jaxmeta_bridge.interpret import interpret
 from jaxmeta_bridge.program import Node, Program, Spec, Var
 from jaxmeta_bridge.recorder.graph import Kind
+from jaxmeta_bridge.settings import TRACING, quiet
 from jaxmeta_bridge.trace import trace
 
 Autocast = torch.dtype | None
@@ -38,7 +38,7 @@ class Slot:
 class CallOp:
     """A torch function of tensors, with all other arguments fixed."""
 
-    __slots__ = ("_constants", "_program", "alias", "draws", "kinds", "name", "replay", "written")
+    __slots__ = ("_constants", "_program", "draws", "kinds", "name", "replay", "written")
 
     def __init__(
         self,
@@ -96,9 +96,6 @@ def _refuses_mixed_dtypes(function: Any, kinds: Sequence[Kind]) -> bool:
     return len({kind.dtype for kind in kinds if kind.dtype.is_floating_point}) > 1
 
 
-_TRACING = threading.RLock()
-
-
 def study(
     function: Callable[..., Any],
     args: Any,
@@ -127,7 +124,7 @@ def study(
         with torch.set_grad_enabled(grad), _autocast(autocast):
             return function(*fill(args, tensors), **fill(kwargs, tensors))
 
-    with _TRACING:
+    with TRACING:
         try:
             found = _look(call, kinds, numbers)
             if found is None:
@@ -140,7 +137,7 @@ def study(
 
 def _look(call: Any, kinds: Sequence[Kind], numbers: int) -> Any:
     """Runs the call on fake tensors: results, arguments, which were changed; None if it cannot."""
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         count = len(kinds) - numbers
         inputs = [_example(kind) for kind in kinds[:count]]
         versions = [tensor._version for tensor in inputs]
@@ -212,7 +209,7 @@ def _outcome(
     op = CallOp(
         getattr(function, "__name__", str(function)),
         program,
-        tuple(_kind(tensor) for tensor in [*tensors, *finals]),
+        tuple(Kind.like(tensor) for tensor in [*tensors, *finals]),
         draws,
         written,
         call,
@@ -236,10 +233,6 @@ def _outcome(
 
 def _find(test: Callable[[Any], bool], items: Sequence[Any]) -> int | None:
     return next((index for index, item in enumerate(items) if test(item)), None)
-
-
-def _kind(tensor: torch.Tensor) -> Kind:
-    return Kind.like(tensor)
 
 
 _aten: Any = torch.ops.aten
@@ -328,15 +321,3 @@ def _autocast(dtype: Autocast) -> Iterator[None]:
     else:
         with torch.autocast("cpu", dtype=dtype, cache_enabled=False):
             yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    import logging
-
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = disabled

@@ -10,7 +10,7 @@ from jaxmeta_bridge.autograd import execute
 from jaxmeta_bridge.recorder.capture import capture
 from jaxmeta_bridge.recorder.graph import Kind, Value, add, close_window
 from jaxmeta_bridge.recorder.tensor import Recorded, wrap
-from jaxmeta_bridge.recorder.update import Member, Settings, start_op, update_op
+from jaxmeta_bridge.recorder.update import Member, Settings, UpdateOp, start_op
 
 
 def to_recorded(tensor: torch.Tensor) -> Recorded:
@@ -155,7 +155,7 @@ def add_update(
             for group, p, g, state in members
         )
         kinds = tuple(option.kind for option in options)
-        op = _UPDATES[key] = update_op(tuple(groups), described, kinds, tracked, adjoint)
+        op = _UPDATES[key] = UpdateOp(tuple(groups), described, kinds, tracked, adjoint)
     outputs = iter(add(op, inputs))
     results = []
     for _, _, _, state in members:
@@ -165,4 +165,4 @@ def add_update(
     return results
 
 
-_UPDATES: dict[Any, Any] = {}
+_UPDATES: dict[Any, UpdateOp] = {}

@@ -42,14 +42,14 @@ class CompiledPlan:
     one by one; stacks of what the iterations of a loop take each for itself.
     """
 
-    def __init__(self, plan: Plan, adjoint: Any) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.parts = find_loops(plan.leaves, 0, len(plan.leaves))
         self.stacks = _stacks(plan, self.parts)
         stacked = {index for numbers in self.stacks.values() for index in numbers}
         single = set(range(len(plan.inputs))) - stacked | _used_alone(plan, self.parts, self.stacks)
         self.singles = sorted(single)
-        emitter = Emitter(plan, self.parts, adjoint)
+        emitter = Emitter(plan, self.parts, default_adjoint())
         places = {index: place for place, index in enumerate(self.singles)}
         addresses = list(self.stacks)
 
@@ -137,28 +137,27 @@ def _used_alone(plan: Plan, parts: Sequence[Part], stacks: dict[Any, list[int]])
     return alone
 
 
-_PLANS: dict[Any, CompiledPlan] = {}
+_PLANS: dict[Plan, CompiledPlan] = {}
 _COMPILING = threading.RLock()
 
 
-def compiled(plan: Plan, adjoint: Any) -> CompiledPlan:
+def compiled(plan: Plan) -> CompiledPlan:
     """The program for a plan, compiled once."""
-    key = (plan, adjoint)
-    found = _PLANS.get(key)
+    found = _PLANS.get(plan)
     first = found is None
     if found is None:
         with _COMPILING:
-            found = _PLANS.get(key) or _PLANS.setdefault(key, CompiledPlan(plan, adjoint))
+            found = _PLANS.get(plan) or _PLANS.setdefault(plan, CompiledPlan(plan))
     note_run(found, first)
     return found
 
 
 def default_adjoint() -> Any:
-    """How loops are differentiated if nobody says otherwise."""
+    """How loops are differentiated unless their steps say otherwise."""
     return jaxmeta.ReverseMode()
 
 
-def compute(values: Sequence[Value], adjoint: Any = None) -> None:
+def compute(values: Sequence[Value]) -> None:
     """Gives each of the values its array."""
     missing = [v for v in values if v.window is not None and v.array is None]
     if not missing:
@@ -166,14 +165,14 @@ def compute(values: Sequence[Value], adjoint: Any = None) -> None:
     copies = {v: v.operands()[0] for v in missing if v.op.name == "detach"}
     copies = {copy: source for copy, source in copies.items() if source.window is not None}
     if copies:  # numbers that are read twice must be the same ones, to the last bit
-        compute([*(v for v in missing if v not in copies), *copies.values()], adjoint)
+        compute([*(v for v in missing if v not in copies), *copies.values()])
         for copy, source in copies.items():
             assert copy.window is not None
             copy.window.arrays[copy.ref] = source.array
         return
     missing += _steps_before(missing)
     plan, inputs = make_plan(missing, lambda v: v.array is not None)
-    program = compiled(plan, adjoint or default_adjoint())
+    program = compiled(plan)
     STATISTICS.run += 1
     row = [o.detach() if isinstance(o, torch.Tensor) else o for o in program.operands(inputs)]
     outputs, _ = execute(program.program.run, row)
@@ -245,18 +244,15 @@ def _numbers(state: State) -> tuple[int, ...]:
     return found
 
 
-def with_graph(
-    values: Sequence[Value], adjoint: Any = None, hide: bool = False
-) -> list[torch.Tensor]:
+def with_graph(values: Sequence[Value], hide: bool = False) -> list[torch.Tensor]:
     """The values as tensors of torch's autograd, which leads to all inputs that require grad.
 
     Args:
       values: of the recording.
-      adjoint: how loops are differentiated.
       hide: whether the gradients by the inputs will go on as ordinary tensors: then the values in
         between are out of torch's sight.
     """
-    program, row, keys, inputs = _prepare(values, adjoint)
+    program, row, keys, inputs = _prepare(values)
     if hide:
         for window in needed_windows(values, _is_known_constant):
             window.hidden = True
@@ -271,7 +267,7 @@ def with_graph(
 
 
 def _prepare(
-    values: Sequence[Value], adjoint: Any, active: dict[Any, Value] | None = None
+    values: Sequence[Value], active: dict[Any, Value] | None = None
 ) -> tuple[CompiledPlan, list[Any], set[Any], list[Value]]:
     """The program for values, its operands, and keys of the inputs that gradients lead to."""
     if active is None:
@@ -279,7 +275,7 @@ def _prepare(
     for value in active.values():
         make_leaf(value)
     plan, inputs = make_plan(values, _is_known_constant)
-    program = compiled(plan, adjoint or default_adjoint())
+    program = compiled(plan)
     STATISTICS.run += 1
     # What was a leaf in the recording is an input by now.
     return program, program.operands(inputs), {value.key for value in active.values()}, inputs
@@ -289,7 +285,7 @@ def gradients(
     losses: Sequence[Value], active: dict[Any, Value]
 ) -> list[tuple[Value, torch.Tensor]]:
     """The gradient of the sum of the losses by each of the inputs in `active`."""
-    program, row, keys, inputs = _prepare(losses, None, active)
+    program, row, keys, inputs = _prepare(losses, active)
     mask = tuple(
         isinstance(row[place], torch.Tensor) and inputs[index].key in keys
         for place, index in enumerate(program.singles)
@@ -311,8 +307,7 @@ def settle(values: Sequence[Value]) -> None:
     open_ends = [v for v in values if v.window is not None and (v.leaf or not v.kind.grad)]
     compute(open_ends)
     for value in open_ends:
-        tensor = _tensor(value)
-        value.become_input(tensor.requires_grad_() if value.leaf else tensor)
+        value.become_input(_tensor(value).requires_grad_(value.leaf))
 
 
 def _is_known_constant(value: Value) -> bool:

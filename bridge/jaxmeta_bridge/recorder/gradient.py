@@ -301,18 +301,15 @@ def _add_within_window(
 
 
 def _is_before(value: Value, wanted: Sequence[Value]) -> bool:
-    """Whether a value cannot depend on the wanted ones, because it is older."""
+    """Whether a value cannot depend on the wanted ones, which one operation made, by its age."""
     home = value.window
     if home is None or value.leaf:
         return True
-    for other in wanted:
-        if other.window is None:
-            if home.serial >= other.ref:
-                return False
-            continue
-        if (home.serial, value.ref) >= (other.window.serial, other.ref):
-            return home is other.window and value.ref >> INDEX_BITS == other.ref >> INDEX_BITS
-    return True
+    maker = wanted[0]
+    if maker.window is None:
+        return home.serial < min(other.ref for other in wanted)
+    mine, theirs = value.ref >> INDEX_BITS, maker.ref >> INDEX_BITS
+    return (home.serial, mine) <= (maker.window.serial, theirs)
 
 
 def _template(

@@ -76,13 +76,12 @@ INDEX_MASK = (1 << INDEX_BITS) - 1
 class State:
     """The structure of a window so far: the last operation, and the state before it."""
 
-    __slots__ = ("analyses", "depth", "following", "op", "parent", "refs")
+    __slots__ = ("analyses", "following", "op", "parent", "refs")
 
     def __init__(self, parent: "State | None", op: Any, refs: tuple[int, ...]) -> None:
         self.parent = parent
         self.op = op
         self.refs = refs  # of the operation's inputs
-        self.depth: int = 0 if parent is None else parent.depth + 1
         self.following: dict[Any, State] = {}
         self.analyses: dict[Any, Any] = {}
 
@@ -253,25 +252,6 @@ def note_read() -> None:
     window = _TAPE.window
     window.closed = window.closed or window.read
     window.read = window.state is not ROOT
-
-
-def open_window() -> Window:
-    """The window to which operations are added."""
-    window = _TAPE.window
-    if window.closed:
-        window = _TAPE.window = Window()
-    return window
-
-
-def refer(window: Window, value: Value) -> int:
-    """The ref of a value in a window, which takes it from elsewhere if it must."""
-    if value.window is window:
-        return value.ref
-    slot = window.slots.get(value.key)
-    if slot is None:
-        slot = window.slots[value.key] = len(window.externals)
-        window.externals.append(value)
-    return ~slot
 
 
 def add_refs(window: Window, op: Any, refs: tuple[int, ...]) -> int:

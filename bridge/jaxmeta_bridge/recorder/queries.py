@@ -20,7 +20,7 @@ _STATIC_METHODS = [
     *(_T.element_size, _T.is_floating_point, _T.is_complex, _T.get_device, _T.storage_offset),
     *(_T.is_signed, _T.is_inference, _T.is_neg, _T.is_conj, _T.__len__, _T.is_pinned),
     *(_T.is_shared, _T.type, _T.dim_order, _T.__hash__, torch.numel, torch.is_floating_point),
-    *(torch.is_complex, torch.is_same_size, torch.is_nonzero, torch.is_signed, torch.result_type),
+    *(torch.is_complex, torch.is_same_size, torch.is_signed, torch.result_type),
 ]
 
 
@@ -61,7 +61,7 @@ def _numpy(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _show(func: Callable[..., Any], args: Any, kwargs: Any) -> str:
     value = args[0]._value
     tensor = read(value)
-    if value.kind.grad and func is not _T.__format__:
+    if value.kind.grad:
         text = func(tensor.requires_grad_() if value.leaf else tensor)
         return text if value.leaf else f"{text[:-1]}, grad_fn=<{_name(args[0])}>)"
     return func(tensor, *args[1:], **kwargs)
@@ -96,7 +96,7 @@ def _new_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     data = args[1]
     if type(data) is Recorded:
         data = read(data._value)
-    base = args[0] if kind is None else torch.empty(kind.shape, dtype=kind.dtype)
+    base = args[0] if kind is None else kind.empty()
     return func(base, data, *args[2:], **kwargs)
 
 

@@ -129,22 +129,9 @@ def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         outcome = _OUTCOMES[key] = _study(func, args, kwargs, values, numbers)
     if outcome is None:
         return HANDLERS["eager"](func, args, kwargs)
-    op = outcome.op
-    if op.written:
+    if outcome.op.written:
         return HANDLERS["in-place"](func, args, kwargs, outcome, tensors, values, numbers)
-    inputs = values + numbers if numbers else values
-    if op.draws:
-        inputs = inputs + [capture(draw()) for draw in op.draws]
-    window, ref = add_op(op, inputs)
-    if outcome.single:
-        same = outcome.same[0]
-        if same is not None:
-            return tensors[same]
-        result = wrap(Value(op.kinds[0], window, ref))
-        if outcome.views[0] is not None:
-            _note_view(result, tensors[outcome.views[0]], outcome, inputs)
-        return result
-    return _wrap_all(outcome, window, ref, tensors, inputs)
+    return _add(outcome, tensors, values + numbers if numbers else values)
 
 
 def record_values(func: Callable[..., Any], args: list[torch.Tensor]) -> Any:
@@ -164,13 +151,22 @@ def record_values(func: Callable[..., Any], args: list[torch.Tensor]) -> Any:
         outcome = _OUTCOMES[key] = _study(func, tuple(args), {}, values, None)
     if outcome is None or not outcome.single or outcome.same[0] is not None or outcome.op.written:
         return None
+    return _add(outcome, args, values)
+
+
+def _add(outcome: Outcome, tensors: list[torch.Tensor], inputs: list[Value]) -> Any:
+    """Records a call that changes nothing, with the random numbers that it draws; its result."""
     op = outcome.op
     if op.draws:
-        values += [capture(draw()) for draw in op.draws]
-    window, ref = add_op(op, values)
+        inputs = inputs + [capture(draw()) for draw in op.draws]
+    window, ref = add_op(op, inputs)
+    if not outcome.single:
+        return _wrap_all(outcome, window, ref, tensors, inputs)
+    if outcome.same[0] is not None:
+        return tensors[outcome.same[0]]
     result = wrap(Value(op.kinds[0], window, ref))
     if outcome.views[0] is not None:
-        _note_view(result, args[outcome.views[0]], outcome, values)
+        HANDLERS["view"](result, tensors[outcome.views[0]], outcome, inputs, 0)
     return result
 
 
@@ -189,15 +185,9 @@ def _wrap_all(
             continue
         result = wrap(Value(outcome.op.kinds[index], window, ref + index))
         if base is not None:
-            _note_view(result, tensors[base], outcome, inputs, index)
+            HANDLERS["view"](result, tensors[base], outcome, inputs, index)
         results.append(result)
     return outcome.rebuild(results)
-
-
-def _note_view(
-    view: Recorded, base: torch.Tensor, outcome: Outcome, inputs: list[Value], index: int = 0
-) -> None:
-    HANDLERS["view"](view, base, outcome, inputs, index)
 
 
 def _study(func: Any, args: Any, kwargs: Any, values: list[Value], numbers: Any) -> Outcome | None:
@@ -209,8 +199,7 @@ def _study(func: Any, args: Any, kwargs: Any, values: list[Value], numbers: Any)
             count += 1
             return Slot(count - 1)
         if numeric and type(arg) in (float, int):
-            found = next(n for n in remaining)
-            return Slot(found)
+            return Slot(next(remaining))
         if isinstance(arg, tuple | list):
             items = [slot(item, False) for item in arg]
             return type(arg)(*items) if hasattr(arg, "_fields") else type(arg)(items)

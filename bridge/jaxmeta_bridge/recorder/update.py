@@ -179,7 +179,6 @@ def settings(rule: Rule, static: tuple[Any, ...], numbers: tuple[tuple[str, int]
 
 
 _STARTS: dict[Any, StartOp] = {}
-_UPDATES: dict[Any, UpdateOp] = {}
 
 
 def start_op(settings: Settings, kind: Kind, options: tuple[Kind, ...]) -> StartOp:
@@ -189,17 +188,3 @@ def start_op(settings: Settings, kind: Kind, options: tuple[Kind, ...]) -> Start
     if key not in _STARTS:
         _STARTS.setdefault(key, StartOp(*key))
     return _STARTS[key]
-
-
-def update_op(
-    groups: tuple[Settings, ...],
-    members: tuple[Member, ...],
-    options: tuple[Kind, ...],
-    tracked: bool,
-    adjoint: Any,
-) -> UpdateOp:
-    """The one such operation."""
-    key = (groups, members, options, tracked, adjoint)
-    if key not in _UPDATES:
-        _UPDATES.setdefault(key, UpdateOp(*key))
-    return _UPDATES[key]
