@@ -5,7 +5,15 @@ in the initial parameters, the optimizer's options, the loss, the data: meta-lea
 hyperparameter optimization, data reweighting, learned losses and optimizers.
 """
 
-from jaxmeta.adjoint import Adjoint, ReverseMode, StepCheckpoint
+from jaxmeta.adjoint import (
+    Adjoint,
+    Auto,
+    ForwardMode,
+    MixedMode,
+    NestedCheckpoint,
+    ReverseMode,
+    StepCheckpoint,
+)
 from jaxmeta.errors import (
     ArgumentKeyError,
     ArgumentTypeError,
@@ -21,7 +29,11 @@ __all__ = [
     "ArgumentKeyError",
     "ArgumentTypeError",
     "ArgumentValueError",
+    "Auto",
+    "ForwardMode",
     "JaxmetaError",
+    "MixedMode",
+    "NestedCheckpoint",
     "NonFiniteError",
     "ReverseMode",
     "StepCheckpoint",

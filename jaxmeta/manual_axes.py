@@ -15,7 +15,11 @@ def varying(tree: Any) -> frozenset[str]:
 
 
 def _varying_leaf(leaf: Any) -> frozenset[str]:
-    kind = jax.typeof(leaf)
+    return varying_over(jax.typeof(leaf))
+
+
+def varying_over(kind: Any) -> frozenset[str]:
+    """Return the axes that values of a type, as :func:`jax.typeof` gives it, vary over."""
     kind = getattr(kind, "manual_axis_type", kind)  # since JAX 0.10
     return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", ()))
 

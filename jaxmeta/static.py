@@ -87,7 +87,7 @@ def _function(function: types.FunctionType, seen: set[int]) -> Hashable:
 
 def _read_by(function: types.FunctionType) -> Iterator[Any]:
     """What it closes over, and those globals that can tell their own changes or close over more."""
-    yield from _cells(function)
+    yield from cells(function)
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
         same_file = getattr(value, "__module__", None) == function.__module__
@@ -108,12 +108,13 @@ def _is_optax(function: types.FunctionType) -> bool:
 
 
 def _closure(function: types.FunctionType) -> Hashable:
-    inside = (*_cells(function), *(function.__defaults__ or ()))
+    inside = (*cells(function), *(function.__defaults__ or ()))
     inside += tuple(sorted((function.__kwdefaults__ or {}).items()))
     return ("optax", _Identity(function.__code__), *map(_structure, inside))
 
 
-def _cells(function: types.FunctionType) -> Iterator[Any]:
+def cells(function: types.FunctionType) -> Iterator[Any]:
+    """Yield the values that a function closes over."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -135,7 +136,7 @@ def _finds_tracer(value: Any, seen: set[int]) -> bool:
         return False
     seen.add(id(value))
     if isinstance(value, types.FunctionType):
-        inside = (*_cells(value), *(value.__defaults__ or ()))
+        inside = (*cells(value), *(value.__defaults__ or ()))
     elif isinstance(value, partial):
         inside = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, (tuple, list, dict)):

@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 
 from jaxmeta import checks, nonfinite, optimizers
-from jaxmeta.adjoint import Adjoint, ReverseMode, check_adjoint
+from jaxmeta.adjoint import Adjoint, Explanation, collect_notes, resolve_adjoint
 from jaxmeta.manual_axes import vary, varying
 from jaxmeta.objective import Objective
 from jaxmeta.optimizers import Transformation
@@ -30,6 +30,7 @@ class Unrolled(NamedTuple):
         key: the random key to go on with.
         trajectory: the parameters with a leading axis of T + 1: ``[0]`` are the initial ones,
             ``[t]`` those after ``t`` updates.
+        adjoint: how the loop is differentiated, and why, in one line.
     """
 
     params: PyTree
@@ -39,6 +40,7 @@ class Unrolled(NamedTuple):
     state: PyTree
     key: jax.Array | None
     trajectory: PyTree
+    adjoint: str
 
 
 def meta_unroll(
@@ -55,7 +57,7 @@ def meta_unroll(
     key: jax.Array | None = None,
     has_aux: bool = False,
     trajectory: bool = False,
-    adjoint: Adjoint = ReverseMode(),  # noqa: B008 - frozen, without fields
+    adjoint: Adjoint | Literal["auto"] = "auto",
     debug: bool = False,
 ) -> Unrolled:
     r"""Train ``params`` for T steps; the result is differentiable in everything given.
@@ -98,7 +100,8 @@ def meta_unroll(
             subkey to ``loss_fn``.
         has_aux: whether ``loss_fn`` returns more than its loss.
         trajectory: whether to return the parameters of every step.
-        adjoint: how the loop is differentiated: ``ReverseMode()`` or ``StepCheckpoint()``.
+        adjoint: how the loop is differentiated; :class:`Auto`, the default, chooses among the
+            exact ways.
         debug: find the first inner step with a loss, gradient or update that is NaN or infinite.
 
     Returns:
@@ -146,7 +149,7 @@ def meta_unroll(
     for name, tree in arrays.items():
         checks.check_arrays(name, tree)
     checks.check_key(key)
-    check_adjoint(adjoint)
+    adjoint = resolve_adjoint(adjoint)
     length = checks.count_steps(batches, batch, num_steps)
     passing = hyperparams_passing(
         loss_fn,
@@ -248,7 +251,8 @@ def _run(
         )
         return _Carry(params, opt_state, state, key), record
 
-    last, records = program.adjoint.loop(step, carry, batches, program.length)
+    with collect_notes() as notes:
+        last, records = program.adjoint.loop(step, carry, batches, program.length)
     trajectory = None
     if program.trajectory:
         trajectory = jax.tree.map(
@@ -257,6 +261,13 @@ def _run(
             last.params,
         )
     unrolled = Unrolled(
-        last.params, last.opt_state, records.loss, records.aux, last.state, last.key, trajectory
+        params=last.params,
+        opt_state=last.opt_state,
+        losses=records.loss,
+        aux=records.aux,
+        state=last.state,
+        key=last.key,
+        trajectory=trajectory,
+        adjoint=Explanation("; ".join(notes) or repr(program.adjoint)),
     )
     return unrolled, records.flags

@@ -4,11 +4,14 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxmeta.errors import ArgumentTypeError
 from jaxmeta.trees import PyTree, outline
 
 LossAndAux = Callable[[PyTree], tuple[Any, Any]]
 Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+Policy = Callable[..., Any]
 
 
 class Adjoint(abc.ABC):
@@ -42,9 +45,24 @@ class Adjoint(abc.ABC):
             The last carry, and the ``y`` stacked along a leading axis.
         """
 
+    def keeping(self, policy: Policy) -> "Adjoint":
+        """Return an adjoint that also keeps what ``policy`` chooses of a step, where it can.
 
-def check_adjoint(adjoint: Any) -> None:
-    """Raise unless ``adjoint`` is an instance of :class:`Adjoint`."""
+        Args:
+            policy: one of ``jax.checkpoint_policies``, or the like.
+        """
+        return self
+
+
+def either(first: Policy | None, second: Policy) -> Policy:
+    """Return the policy that keeps what any of the two keeps."""
+    if first is None:
+        return second
+    return jax.checkpoint_policies.save_from_both_policies(first, second)
+
+
+def checked(adjoint: Any) -> Adjoint:
+    """Return ``adjoint`` if it is a hashable instance of :class:`Adjoint`, else raise."""
     if isinstance(adjoint, Adjoint):
         try:
             hash(adjoint)
@@ -54,12 +72,12 @@ def check_adjoint(adjoint: Any) -> None:
                 "cannot tell whether it is compiled for it: make it a frozen dataclass of "
                 "hashable fields."
             ) from None
-        return
+        return adjoint
     if isinstance(adjoint, type) and issubclass(adjoint, Adjoint):
         raise ArgumentTypeError(
             f"adjoint is the class {adjoint.__name__}; expected an instance: {adjoint.__name__}()."
         )
     raise ArgumentTypeError(
-        f"adjoint is {outline(adjoint)}; expected an Adjoint, such as jaxmeta.ReverseMode() or "
-        "jaxmeta.StepCheckpoint()."
+        f"adjoint is {outline(adjoint)}; expected 'auto' or an Adjoint, such as "
+        "jaxmeta.ReverseMode()."
     )

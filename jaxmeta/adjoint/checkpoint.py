@@ -1,12 +1,12 @@
 """Reverse mode that computes each step again instead of keeping what it computed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
-from jaxmeta.adjoint.base import Adjoint, LossAndAux, Step
+from jaxmeta.adjoint.base import Adjoint, LossAndAux, Policy, Step, either
 from jaxmeta.trees import PyTree
 
 
@@ -40,7 +40,7 @@ class StepCheckpoint(Adjoint):
         https://arxiv.org/abs/1604.06174.
     """
 
-    policy: Callable[..., bool] | None = None
+    policy: Policy | None = None
 
     def value_and_grad(self, fn: LossAndAux) -> Callable[[PyTree], tuple[tuple[Any, Any], PyTree]]:
         """See :meth:`Adjoint.value_and_grad`."""
@@ -51,3 +51,7 @@ class StepCheckpoint(Adjoint):
         # prevent_cse guards against XLA merging the two forward passes; inside a scan it cannot.
         rematerialised = jax.checkpoint(step, policy=self.policy, prevent_cse=False)
         return jax.lax.scan(rematerialised, carry, xs, length=length)
+
+    def keeping(self, policy: Policy) -> Adjoint:
+        """See :meth:`Adjoint.keeping`."""
+        return replace(self, policy=either(self.policy, policy))

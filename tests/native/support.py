@@ -123,3 +123,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
         assert np.isfinite(e).all() and a.shape == e.shape
         bound = tolerance * max(1.0, np.abs(e).max(initial=0.0))
         np.testing.assert_allclose(a, e, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+def is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -126,7 +126,7 @@ class TestTheRest:
         )
 
     def test_adjoint(self) -> None:
-        expected = "expected an Adjoint, such as jaxmeta.ReverseMode()"
+        expected = "expected 'auto' or an Adjoint, such as jaxmeta.ReverseMode()"
         refused(ArgumentTypeError, "adjoint is str 'reverse'", expected, adjoint="reverse")
         refused(ArgumentTypeError, "adjoint is None", expected, adjoint=None)
         refused(

@@ -9,6 +9,7 @@ import pytest
 import jaxmeta
 
 MODULES = ["jaxmeta", *(m.name for m in pkgutil.walk_packages(jaxmeta.__path__, "jaxmeta."))]
+ADJOINTS = ["ForwardMode", "MixedMode", "NestedCheckpoint", "ReverseMode", "StepCheckpoint"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -21,7 +22,7 @@ def test_public_names_are_documented(name: str) -> None:
     assert getattr(jaxmeta, name).__doc__
 
 
-@pytest.mark.parametrize("name", ["meta_unroll", "functional", "ReverseMode", "StepCheckpoint"])
+@pytest.mark.parametrize("name", ["meta_unroll", "functional", *ADJOINTS])
 def test_what_computes_has_an_example_and_a_source(name: str) -> None:
     documentation = getattr(jaxmeta, name).__doc__
     assert ">>> " in documentation and "References:" in documentation
@@ -33,7 +34,11 @@ def test_public_names() -> None:
         "ArgumentKeyError",
         "ArgumentTypeError",
         "ArgumentValueError",
+        "Auto",
+        "ForwardMode",
         "JaxmetaError",
+        "MixedMode",
+        "NestedCheckpoint",
         "NonFiniteError",
         "ReverseMode",
         "StepCheckpoint",

@@ -1,6 +1,9 @@
 """Inside shard_map, with and without JAX's check of which values vary over the mesh."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,3 +96,12 @@ def test_state_that_differs_between_devices() -> None:
     )
     with pytest.raises(jaxmeta.ArgumentValueError, match="state is the same on all devices"):
         jax.jit(mapped)(TASKS[:1])
+
+
+def test_every_adjoint_on_two_devices() -> None:
+    """In a process of its own, as the number of devices is set when JAX starts."""
+    command = [sys.executable, "-m", "tests.native.sharded_adjoints"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("agree:")

@@ -137,7 +137,7 @@ def study(
 
 def _look(call: Any, kinds: Sequence[Kind], numbers: int) -> Any:
     """Runs the call on fake tensors: results, arguments, which were changed; None if it cannot."""
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         count = len(kinds) - numbers
         inputs = [_example(kind) for kind in kinds[:count]]
         versions = [tensor._version for tensor in inputs]

@@ -13,6 +13,7 @@ import torch
 import jaxmeta
 from jaxmeta_bridge.autograd import Program, apply, execute
 from jaxmeta_bridge.dlpack import adopt
+from jaxmeta_bridge.mappings import note_program
 from jaxmeta_bridge.recorder.analysis import analyse, gradient_inputs
 from jaxmeta_bridge.recorder.capture import leaf_tensor, linked
 from jaxmeta_bridge.recorder.emit import Emitter
@@ -60,6 +61,7 @@ class CompiledPlan:
         self.program = Program(function)
         self._gradients: dict[Any, Any] = {}
         STATISTICS.compiled += 1
+        note_program()
 
     def gradients(self, mask: tuple[bool, ...]) -> Any:
         """Compiled: the gradients of the sum of all outputs by the operands in `mask`."""
@@ -76,6 +78,7 @@ class CompiledPlan:
                 return [jnp.conj(g) for g in jax.grad(total)(active, row)]
 
             self._gradients[mask] = jax.jit(compute)
+            note_program()
         return self._gradients[mask]
 
     def operands(self, inputs: Sequence[Value]) -> list[Any]:
@@ -154,7 +157,7 @@ def compiled(plan: Plan) -> CompiledPlan:
 
 def default_adjoint() -> Any:
     """How loops are differentiated unless their steps say otherwise."""
-    return jaxmeta.ReverseMode()
+    return jaxmeta.Auto()
 
 
 def compute(values: Sequence[Value]) -> None:
@@ -198,21 +201,29 @@ def read(value: Value) -> torch.Tensor:
 def _steps_before(values: Sequence[Value]) -> list[Value]:
     """What the last steps before the values left: kept, so that the next read goes on from there.
 
-    Also what the values take from a stretch that reads have ended, for the same reason.
+    Also the gradients that the values take, and what they take from a stretch that reads have
+    ended, for the same reason.
     """
     found: list[Value] = []
     seen = {value.key for value in values}
-    for value in values:
+    todo = list(values)
+    for value in todo:
         window = value.window
         assert window is not None
-        for external in analyse(window.state, frozenset((value.ref,))).externals:
-            source = window.externals[external]
-            if source.window is None or source.array is not None:
+        externals = analyse(window.state, frozenset((value.ref,))).externals
+        sources = [window.externals[external] for external in externals]
+        missing = [s for s in sources if s.window is not None and s.array is None]
+        # A step also leaves what the model counts beside its parameters, such as batch statistics.
+        stepped = {s.window for s in missing if isinstance(s.op, UpdateOp)}
+        for source in missing:
+            assert source.window is not None
+            kept = source.window.read or source.window in stepped
+            if not kept and not isinstance(source.op, GradientOp):
                 continue
-            for each in _together(source):
-                if each.key not in seen and (source.window.read or isinstance(each.op, UpdateOp)):
-                    seen.add(each.key)
-                    found.append(each)
+            new = [each for each in _together(source) if each.key not in seen]
+            seen.update(each.key for each in new)
+            found += new
+            todo += new if isinstance(source.op, GradientOp) else []
     return found
 
 

@@ -1,0 +1,141 @@
+"""Functions that are differentiated in reverse by a rule of one's own, and forward by JAX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+from jaxmeta.adjoint.linear import Arrays, linear_call
+from jaxmeta.trees import PyTree
+
+Flat = Callable[[Arrays], Arrays]
+Reverse = Callable[[Arrays, tuple[int, ...], list[jax.Array | None]], Arrays]
+
+
+class Closed(NamedTuple):
+    """A function of flat arrays that closes over no traced value.
+
+    Attributes:
+        function: ``[*constants, *arguments] -> results``.
+        constants: the arrays that it closed over.
+        jaxpr: what it computes.
+        structure: the tree of its results.
+    """
+
+    function: Flat
+    constants: Arrays
+    jaxpr: Jaxpr
+    structure: Any
+
+
+def close(function: Callable[..., PyTree], *args: PyTree) -> Closed:
+    """Turn what ``function`` closes over into inputs, so that none loses its derivative.
+
+    Args:
+        function: any function of trees of arrays, returning one.
+        *args: what it will be called with, or the like of it.
+    """
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    jaxpr, count = traced.jaxpr, len(traced.consts)
+
+    def closed(arrays: Arrays) -> Arrays:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr, arrays[:count]))(*arrays[count:])
+
+    return Closed(closed, list(traced.consts), jaxpr, jax.tree.structure(shapes))
+
+
+def with_reverse(function: Flat, reverse: Reverse) -> Flat:
+    """Give ``function`` a reverse-mode rule.
+
+    Its values, its forward-mode derivatives and its derivatives of higher order are those that
+    JAX derives from ``function`` and ``reverse``; the rule keeps nothing but the inputs.
+
+    Args:
+        function: ``arrays -> results``; closes over no traced value.
+        reverse: ``(arrays, wanted, cotangents) -> cotangents of the wanted arrays``, which are
+            the float ones that ``wanted`` numbers. A cotangent of a result that is known to be
+            zero, or that is no float, is None.
+    """
+
+    @jax.custom_jvp
+    def ruled(arrays: Arrays) -> Arrays:
+        return function(arrays)
+
+    def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> tuple[Arrays, list[Any]]:
+        (arrays,), (slopes,) = primals, tangents
+        # Calling itself keeps the rule where the loop is differentiated more than once.
+        results = ruled(arrays)
+        wanted = tuple(i for i, slope in enumerate(slopes) if _moves(slope))
+        number = len(results)  # what stays in the program must not hold on to results
+        real = [i for i, result in enumerate(results) if _differentiable(result)]
+
+        def push(arrays: Arrays, moved: Arrays) -> Arrays:
+            def of_wanted(*values: jax.Array) -> Arrays:
+                return take(function(replace(arrays, wanted, values)), real)
+
+            return jax.jvp(of_wanted, [arrays[i] for i in wanted], moved)[1]
+
+        def pull(arrays: Arrays, cotangents: list[jax.Array | None]) -> Arrays:
+            return reverse(arrays, wanted, replace([None] * number, real, cotangents))
+
+        moved = linear_call(
+            push, pull, arrays, [slopes[i] for i in wanted], like=take(results, real)
+        )
+        zeros = [np.zeros(np.shape(result), jax.dtypes.float0) for result in results]
+        return results, replace(zeros, real, moved)
+
+    ruled.defjvp(rule, symbolic_zeros=True)
+    return ruled
+
+
+def with_choice(function: Flat, choose: Callable[[Arrays, tuple[int, ...]], Flat]) -> Flat:
+    """Choose how a function is differentiated when it is known by which arrays.
+
+    Args:
+        function: ``arrays -> results``; closes over no traced value.
+        choose: ``(arrays, wanted) -> the same function``, differentiated as it should be where
+            the arrays that ``wanted`` numbers have derivatives.
+    """
+
+    @jax.custom_jvp
+    def chosen(arrays: Arrays) -> Arrays:
+        return function(arrays)
+
+    def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> tuple[Arrays, list[Any]]:
+        (arrays,), (slopes,) = primals, tangents
+        wanted = tuple(i for i, slope in enumerate(slopes) if _moves(slope))
+        best = choose(arrays, wanted)
+        results, moved = jax.jvp(
+            lambda *values: best(replace(arrays, wanted, values)),
+            take(arrays, wanted),
+            take(slopes, wanted),
+        )
+        return results, moved
+
+    chosen.defjvp(rule, symbolic_zeros=True)
+    return chosen
+
+
+def _moves(slope: Any) -> bool:
+    return not isinstance(slope, SymbolicZero) and slope.dtype != jax.dtypes.float0
+
+
+def _differentiable(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def take(items: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    """Return the items in these places."""
+    return [items[i] for i in places]
+
+
+def replace(items: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """Return the items with new ones in these places."""
+    replaced = list(items)
+    for i, item in zip(places, new, strict=True):
+        replaced[i] = item
+    return replaced
