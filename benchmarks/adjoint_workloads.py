@@ -115,6 +115,60 @@ def gpt2_small() -> Workload:
     return Workload(meta_loss, _floats(vocabulary), params, batches)
 
 
+def mlp(*, width: int = 128, layers: int = 3, batch: int = 128) -> Workload:
+    """A network of tanh layers, Adam, its learning rate as the meta-parameter."""
+
+    def loss_fn(params: Tree, batch: Tree) -> jax.Array:
+        hidden = batch[0]
+        for weights in params:
+            hidden = jnp.tanh(hidden @ weights)
+        return jnp.mean((hidden - batch[1]) ** 2)
+
+    data = ((batch, width), (batch, width))
+    return _with_learning_rate(loss_fn, [_floats(width, width)] * layers, data)
+
+
+def cnn(*, channels: int = 16, size: int = 16, batch: int = 16) -> Workload:
+    """Three convolutions with pooling and a linear layer, Adam, its learning rate."""
+
+    def loss_fn(params: Tree, batch: Tree) -> jax.Array:
+        hidden = batch[0]
+        for kernel in params["kernels"]:
+            hidden = jax.nn.relu(
+                jax.lax.conv_general_dilated(
+                    hidden, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+            )
+            rows, columns, depth = hidden.shape[1:]
+            blocks = hidden.reshape(-1, rows // 2, 2, columns // 2, 2, depth)
+            hidden = jnp.mean(blocks, axis=(2, 4))
+        outputs = hidden.reshape(hidden.shape[0], -1) @ params["out"]
+        return jnp.mean((outputs - batch[1]) ** 2)
+
+    inputs = [3, channels, channels]
+    params = {
+        "kernels": [_floats(3, 3, depth, channels) for depth in inputs],
+        "out": _floats((size // 8) ** 2 * channels, 10),
+    }
+    return _with_learning_rate(loss_fn, params, ((batch, size, size, 3), (batch, 10)))
+
+
+def _with_learning_rate(
+    loss_fn: Callable[..., jax.Array], params: Tree, data: tuple[tuple[int, ...], ...]
+) -> Workload:
+    def meta_loss(rate: jax.Array, params: Tree, batches: Tree, adjoint: Any) -> jax.Array:
+        inner = jax.tree.map(lambda leaf: leaf[:-1], batches)
+        out = jaxmeta.meta_unroll(
+            loss_fn, optax.adam, params, inner, hyperparams=rate, adjoint=adjoint
+        )
+        return loss_fn(out.params, jax.tree.map(lambda leaf: leaf[-1], batches))
+
+    def batches(steps: int) -> Tree:
+        return tuple(_floats(steps + 1, *shape) for shape in data)
+
+    return Workload(meta_loss, _floats(), params, batches)
+
+
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -160,3 +214,10 @@ def _block(x: jax.Array, p: Tree, heads: int) -> jax.Array:
 def _normalise(x: jax.Array, scale: jax.Array) -> jax.Array:
     centred = x - jnp.mean(x, -1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5) * scale
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "transformer": transformer,
+}

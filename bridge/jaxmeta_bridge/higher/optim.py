@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import jaxmeta
 from jaxmeta_bridge import recorder
 from jaxmeta_bridge.higher import utils
 from jaxmeta_bridge.higher.options import apply_override, copy_group
@@ -53,7 +54,8 @@ class DifferentiableOptimizer:
           grad_callback: given the list of all gradients (None where there is none), returns those
             to use.
           track_higher_grads: whether gradients go through the steps.
-          adjoint: how a loop of steps is differentiated; by default the best general way.
+          adjoint: how a loop of steps is differentiated, one of `jaxmeta`'s adjoints; by default
+            `"auto"`.
           **kwargs: ignored.
         """
         reference = list(reference_params)
@@ -61,7 +63,7 @@ class DifferentiableOptimizer:
         self._fmodel = fmodel
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
-        self._adjoint = adjoint
+        self._adjoint = _checked(adjoint)
         self._group_to_param_list: list[list[int]] = []
         numbers = {id(parameter): index for index, parameter in enumerate(reference)}
         for group in other.param_groups:
@@ -370,3 +372,14 @@ def _addcdiv(tensor: Any, a1: Any, a2: Any, a3: Any = None) -> Any:
 def _addcmul(tensor: Any, a1: Any, a2: Any, a3: Any = None) -> Any:
     """tensor + a1 · a2, or tensor + a1 · a2 · a3."""
     return tensor + (a1 * a2 if a3 is None else a1 * a2 * a3)
+
+
+def _checked(adjoint: Any) -> jaxmeta.Adjoint | None:
+    if adjoint is None or isinstance(adjoint, jaxmeta.Adjoint):
+        return adjoint
+    if isinstance(adjoint, str) and adjoint == "auto":
+        return jaxmeta.Auto()
+    raise jaxmeta.ArgumentTypeError(
+        f"adjoint is {adjoint!r}; expected 'auto' or one of jaxmeta's adjoints, such as "
+        "jaxmeta.MixedMode()."
+    )
