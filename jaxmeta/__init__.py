@@ -8,6 +8,7 @@ hyperparameter optimization, data reweighting, learned losses and optimizers.
 from jaxmeta.adjoint import (
     Adjoint,
     Auto,
+    BinomialCheckpoint,
     ForwardMode,
     MixedMode,
     NestedCheckpoint,
@@ -30,6 +31,7 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "Auto",
+    "BinomialCheckpoint",
     "ForwardMode",
     "JaxmetaError",
     "MixedMode",

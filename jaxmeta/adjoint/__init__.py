@@ -2,6 +2,7 @@
 
 from jaxmeta.adjoint.auto import Auto, resolve_adjoint
 from jaxmeta.adjoint.base import Adjoint
+from jaxmeta.adjoint.binomial import BinomialCheckpoint
 from jaxmeta.adjoint.checkpoint import StepCheckpoint
 from jaxmeta.adjoint.forward import ForwardMode
 from jaxmeta.adjoint.mixed import MixedMode
@@ -13,6 +14,7 @@ from jaxmeta.adjoint.reverse import ReverseMode
 __all__ = [
     "Adjoint",
     "Auto",
+    "BinomialCheckpoint",
     "Explanation",
     "ForwardMode",
     "MixedMode",

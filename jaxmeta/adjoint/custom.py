@@ -10,9 +10,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxmeta.adjoint.linear import Arrays, linear_call
+from jaxmeta.manual_axes import vary, varying
 from jaxmeta.trees import PyTree
 
 Flat = Callable[[Arrays], Arrays]
+Remember = Callable[[Arrays], tuple[Arrays, Arrays]]
 Reverse = Callable[[Arrays, tuple[int, ...], list[jax.Array | None]], Arrays]
 
 
@@ -48,17 +50,20 @@ def close(function: Callable[..., PyTree], *args: PyTree) -> Closed:
     return Closed(closed, list(traced.consts), jaxpr, jax.tree.structure(shapes))
 
 
-def with_reverse(function: Flat, reverse: Reverse) -> Flat:
+def with_reverse(function: Flat, reverse: Reverse, remember: Remember | None = None) -> Flat:
     """Give ``function`` a reverse-mode rule.
 
     Its values, its forward-mode derivatives and its derivatives of higher order are those that
-    JAX derives from ``function`` and ``reverse``; the rule keeps nothing but the inputs.
+    JAX derives from ``function`` and ``reverse``; the rule keeps nothing but the inputs
+    and what ``remember`` adds to them.
 
     Args:
         function: ``arrays -> results``; closes over no traced value.
         reverse: ``(arrays, wanted, cotangents) -> cotangents of the wanted arrays``, which are
             the float ones that ``wanted`` numbers. A cotangent of a result that is known to be
             zero, or that is no float, is None.
+        remember: ``arrays -> (results, kept)``, the same results and what the forward pass is to
+            hand to ``reverse``, which is then given ``[*arrays, *kept]``.
     """
 
     @jax.custom_jvp
@@ -68,28 +73,49 @@ def with_reverse(function: Flat, reverse: Reverse) -> Flat:
     def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> tuple[Arrays, list[Any]]:
         (arrays,), (slopes,) = primals, tangents
         # Calling itself keeps the rule where the loop is differentiated more than once.
-        results = ruled(arrays)
+        results, kept = (ruled(arrays), []) if remember is None else remembered(arrays)
+        count = len(arrays)
         wanted = tuple(i for i, slope in enumerate(slopes) if _moves(slope))
         number = len(results)  # what stays in the program must not hold on to results
         real = [i for i, result in enumerate(results) if _differentiable(result)]
 
         def push(arrays: Arrays, moved: Arrays) -> Arrays:
             def of_wanted(*values: jax.Array) -> Arrays:
-                return take(function(replace(arrays, wanted, values)), real)
+                return take(function(replace(arrays[:count], wanted, values)), real)
 
-            return jax.jvp(of_wanted, [arrays[i] for i in wanted], moved)[1]
+            return jax.jvp(of_wanted, take(arrays, wanted), moved)[1]
 
         def pull(arrays: Arrays, cotangents: list[jax.Array | None]) -> Arrays:
             return reverse(arrays, wanted, replace([None] * number, real, cotangents))
 
         moved = linear_call(
-            push, pull, arrays, [slopes[i] for i in wanted], like=take(results, real)
+            push, pull, [*arrays, *kept], take(slopes, wanted), like=take(results, real)
         )
         zeros = [np.zeros(np.shape(result), jax.dtypes.float0) for result in results]
         return results, replace(zeros, real, moved)
 
     ruled.defjvp(rule, symbolic_zeros=True)
+    remembered = None if remember is None else _constant_memory(ruled, remember)
     return ruled
+
+
+def _constant_memory(function: Flat, remember: Remember) -> Remember:
+    """Return ``remember``, differentiated as if what is kept were constant: it only saves work."""
+    remembered = jax.custom_jvp(remember)
+
+    def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> Any:
+        results, kept = remembered(*primals)
+        _, moved = jax.jvp(function, primals, tangents)
+        return (results, kept), (moved, [_zero(array) for array in kept])
+
+    remembered.defjvp(rule)
+    return remembered
+
+
+def _zero(array: jax.Array) -> Any:
+    if not _differentiable(array):
+        return np.zeros(array.shape, jax.dtypes.float0)
+    return vary(jnp.zeros_like(array), varying(array))
 
 
 def with_choice(function: Flat, choose: Callable[[Arrays, tuple[int, ...]], Flat]) -> Flat:

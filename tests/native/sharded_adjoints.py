@@ -19,7 +19,14 @@ import optax
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxmeta
-from jaxmeta import ForwardMode, MixedMode, NestedCheckpoint, ReverseMode, StepCheckpoint
+from jaxmeta import (
+    BinomialCheckpoint,
+    ForwardMode,
+    MixedMode,
+    NestedCheckpoint,
+    ReverseMode,
+    StepCheckpoint,
+)
 
 jax.config.update("jax_enable_x64", True)
 
@@ -31,7 +38,9 @@ ADJOINTS = [
     ReverseMode(),
     StepCheckpoint(),
     NestedCheckpoint((2, 3)),
+    BinomialCheckpoint(2),
     MixedMode(),
+    MixedMode(BinomialCheckpoint(1)),
     MixedMode(NestedCheckpoint()),
     ForwardMode(),
     jaxmeta.Auto(),

@@ -18,6 +18,7 @@ import pytest
 import jaxmeta
 from jaxmeta import (
     Auto,
+    BinomialCheckpoint,
     ForwardMode,
     MixedMode,
     NestedCheckpoint,
@@ -32,9 +33,11 @@ STEPS = 5
 ADJOINTS = [
     StepCheckpoint(),
     NestedCheckpoint((2, 3)),
+    BinomialCheckpoint(2),
     MixedMode(),
     MixedMode(save_gradients=False),
     MixedMode(NestedCheckpoint((2, 2, 2))),
+    MixedMode(BinomialCheckpoint(1)),
     ForwardMode(),
     Auto(),
     Auto(memory=1),

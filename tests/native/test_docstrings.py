@@ -9,7 +9,14 @@ import pytest
 import jaxmeta
 
 MODULES = ["jaxmeta", *(m.name for m in pkgutil.walk_packages(jaxmeta.__path__, "jaxmeta."))]
-ADJOINTS = ["ForwardMode", "MixedMode", "NestedCheckpoint", "ReverseMode", "StepCheckpoint"]
+ADJOINTS = [
+    "BinomialCheckpoint",
+    "ForwardMode",
+    "MixedMode",
+    "NestedCheckpoint",
+    "ReverseMode",
+    "StepCheckpoint",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -35,6 +42,7 @@ def test_public_names() -> None:
         "ArgumentTypeError",
         "ArgumentValueError",
         "Auto",
+        "BinomialCheckpoint",
         "ForwardMode",
         "JaxmetaError",
         "MixedMode",

@@ -14,6 +14,7 @@ JAXMETA = {
     "ArgumentTypeError",
     "ArgumentValueError",
     "Auto",
+    "BinomialCheckpoint",
     "ForwardMode",
     "JaxmetaError",
     "MixedMode",

@@ -52,7 +52,7 @@ def gradients(adjoint: Any, second: bool) -> list[Tensor]:
 def by_hand(second: bool) -> list[Tensor]:
     model, (x, y) = network(), data()
     rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    weights = dict(model.named_parameters())
+    weights: dict[str, Tensor] = {**dict(model.named_parameters())}
     moments: dict[str, Tensor] = {}
     for step in range(STEPS):
         loss = F.mse_loss(torch.func.functional_call(model, weights, (x[step],)), y[step])
