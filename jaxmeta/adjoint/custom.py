@@ -5,12 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxmeta.adjoint.linear import Arrays, linear_call
-from jaxmeta.manual_axes import vary, varying
 from jaxmeta.trees import PyTree
 
 Flat = Callable[[Arrays], Arrays]
@@ -75,7 +73,7 @@ def with_reverse(function: Flat, reverse: Reverse, remember: Remember | None = N
         # Calling itself keeps the rule where the loop is differentiated more than once.
         results, kept = (ruled(arrays), []) if remember is None else remembered(arrays)
         count = len(arrays)
-        wanted = tuple(i for i, slope in enumerate(slopes) if _moves(slope))
+        wanted = tuple(i for i, slope in enumerate(slopes) if moves(slope))
         number = len(results)  # what stays in the program must not hold on to results
         real = [i for i, result in enumerate(results) if _differentiable(result)]
 
@@ -91,8 +89,7 @@ def with_reverse(function: Flat, reverse: Reverse, remember: Remember | None = N
         moved = linear_call(
             push, pull, [*arrays, *kept], take(slopes, wanted), like=take(results, real)
         )
-        zeros = [np.zeros(np.shape(result), jax.dtypes.float0) for result in results]
-        return results, replace(zeros, real, moved)
+        return results, replace(list(map(zero_slope, results)), real, moved)
 
     ruled.defjvp(rule, symbolic_zeros=True)
     remembered = None if remember is None else _constant_memory(ruled, remember)
@@ -106,16 +103,15 @@ def _constant_memory(function: Flat, remember: Remember) -> Remember:
     def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> Any:
         results, kept = remembered(*primals)
         _, moved = jax.jvp(function, primals, tangents)
-        return (results, kept), (moved, [_zero(array) for array in kept])
+        return (results, kept), (moved, list(map(zero_slope, kept)))
 
     remembered.defjvp(rule)
     return remembered
 
 
-def _zero(array: jax.Array) -> Any:
-    if not _differentiable(array):
-        return np.zeros(array.shape, jax.dtypes.float0)
-    return vary(jnp.zeros_like(array), varying(array))
+def zero_slope(array: jax.Array) -> SymbolicZero:
+    """Return the tangent of what does not move, as a rule may return it."""
+    return SymbolicZero(jax.typeof(array).to_tangent_aval())
 
 
 def with_choice(function: Flat, choose: Callable[[Arrays, tuple[int, ...]], Flat]) -> Flat:
@@ -133,7 +129,7 @@ def with_choice(function: Flat, choose: Callable[[Arrays, tuple[int, ...]], Flat
 
     def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> tuple[Arrays, list[Any]]:
         (arrays,), (slopes,) = primals, tangents
-        wanted = tuple(i for i, slope in enumerate(slopes) if _moves(slope))
+        wanted = tuple(i for i, slope in enumerate(slopes) if moves(slope))
         best = choose(arrays, wanted)
         results, moved = jax.jvp(
             lambda *values: best(replace(arrays, wanted, values)),
@@ -146,7 +142,8 @@ def with_choice(function: Flat, choose: Callable[[Arrays, tuple[int, ...]], Flat
     return chosen
 
 
-def _moves(slope: Any) -> bool:
+def moves(slope: Any) -> bool:
+    """Whether a tangent, as it is given to a rule with symbolic zeros, is more than zero."""
     return not isinstance(slope, SymbolicZero) and slope.dtype != jax.dtypes.float0
 
 

@@ -59,6 +59,16 @@ class ForwardMode(Adjoint):
     max_inputs: int = 1024
     chunk_size: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("max_inputs", 0), ("chunk_size", 1)):
+            number = getattr(self, name)
+            if number is None and name == "chunk_size":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ArgumentTypeError(f"{name} is {number!r}; expected an int.")
+            if number < least:
+                raise ArgumentValueError(f"{name} is {number}; expected at least {least}.")
+
     def value_and_grad(self, fn: LossAndAux) -> Callable[[PyTree], tuple[tuple[Any, Any], PyTree]]:
         """See :meth:`Adjoint.value_and_grad`."""
         return jax.value_and_grad(fn, has_aux=True)
