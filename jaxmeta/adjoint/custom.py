@@ -68,10 +68,15 @@ def with_reverse(function: Flat, reverse: Reverse, remember: Remember | None = N
     def ruled(arrays: Arrays) -> Arrays:
         return function(arrays)
 
+    def forget(arrays: Arrays) -> tuple[Arrays, Arrays]:
+        return ruled(arrays), []
+
+    run = forget if remember is None else _constant_memory(ruled, remember)
+
     def rule(primals: tuple[Arrays], tangents: tuple[Any]) -> tuple[Arrays, list[Any]]:
         (arrays,), (slopes,) = primals, tangents
         # Calling itself keeps the rule where the loop is differentiated more than once.
-        results, kept = (ruled(arrays), []) if remember is None else remembered(arrays)
+        results, kept = run(arrays)
         count = len(arrays)
         wanted = tuple(i for i, slope in enumerate(slopes) if moves(slope))
         number = len(results)  # what stays in the program must not hold on to results
@@ -92,7 +97,6 @@ def with_reverse(function: Flat, reverse: Reverse, remember: Remember | None = N
         return results, replace(list(map(zero_slope, results)), real, moved)
 
     ruled.defjvp(rule, symbolic_zeros=True)
-    remembered = None if remember is None else _constant_memory(ruled, remember)
     return ruled
 
 
