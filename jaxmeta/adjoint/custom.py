@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxmeta.adjoint.linear import Arrays, linear_call
+from jaxmeta.manual_axes import vary, varying
 from jaxmeta.trees import PyTree
 
 Flat = Callable[[Arrays], Arrays]
@@ -113,9 +115,15 @@ def _constant_memory(function: Flat, remember: Remember) -> Remember:
     return remembered
 
 
-def zero_slope(array: jax.Array) -> SymbolicZero:
-    """Return the tangent of what does not move, as a rule may return it."""
-    return SymbolicZero(jax.typeof(array).to_tangent_aval())
+def zero_slope(array: jax.Array) -> Any:
+    """Return the tangent of what does not move, as a rule may return it.
+
+    Zeros, not a SymbolicZero: JAX leaves those out of the rule's program, and then fails when it
+    removes dead code from it.
+    """
+    if not _differentiable(array):
+        return np.zeros(array.shape, jax.dtypes.float0)
+    return vary(jnp.zeros_like(array), varying(array))
 
 
 def with_choice(function: Flat, choose: Callable[[Arrays, tuple[int, ...]], Flat]) -> Flat:
